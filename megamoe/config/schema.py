@@ -1,0 +1,192 @@
+"""The configuration tree: frozen, typed, one section per concern.
+
+Units are in the names: `num_` counts, `_size` of a group or dimension, `_steps`, `_tokens`, `_bytes`, `_seconds`.
+Checks that need one section live here as types and bounds; checks across sections live in `validation`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    """The transformer: its shape and the choices that tell one family from another.
+
+    The paper's family is layernorm, gelu, sinusoidal, use_bias, tied and scaled embeddings; the modern one is
+    rmsnorm, swiglu, rope, no biases, an untied head. Every choice is free on its own.
+    """
+
+    num_layers: PositiveInt = 4
+    hidden_size: PositiveInt = 128
+    ffn_hidden_size: PositiveInt | None = None  # None: 4 * hidden_size
+    num_attention_heads: PositiveInt = 4
+    num_query_groups: PositiveInt | None = None  # key/value heads; None: one per attention head
+    head_dim: PositiveInt | None = None  # None: hidden_size / num_attention_heads
+    vocab_size: PositiveInt = 51_200  # token ids the data may hold
+    vocab_size_multiple: PositiveInt = 128  # embedding rows are vocab_size rounded up to this
+    seq_length: PositiveInt = 256
+    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    position_embedding: Literal["sinusoidal", "rope"] = "sinusoidal"
+    rope_base: Annotated[float, Field(gt=0.0)] = 10_000.0
+    qk_norm: Literal["none", "head", "full"] = "none"  # head: Qwen3, over head_dim; full: OLMoE, over all heads
+    use_bias: bool = True  # biases on the linear layers of attention, FFN and experts
+    tie_embeddings: bool = True
+    scale_embeddings: bool = True  # multiply token embeddings by sqrt(hidden_size)
+    attention_dropout: Probability = 0.0
+    hidden_dropout: Probability = 0.0
+    init: Literal["fairseq", "normal"] = "fairseq"
+    init_std: Annotated[float, Field(gt=0.0)] = 0.02  # used by init "normal"
+
+
+class MoEConfig(Section):
+    """The mixture of experts. `num_experts = 0` is the dense model through the same code."""
+
+    num_experts: CountOrZero = 0
+    top_k: PositiveInt = 2
+    layer_pattern: PositiveInt | tuple[int, ...] = 2
+    # A period p: MoE where (i + 1) % p == 0 (0-based layer i); or the 0-based MoE layers themselves.
+    expert_ffn_hidden_size: PositiveInt | None = None  # None: model.ffn_hidden_size
+    dropless: bool = False
+    capacity_factor: Annotated[float, Field(gt=0.0)] = 1.0
+    # capacity of one expert for one rank's micro-batch of S tokens: top_k * ceil(S / num_experts * capacity_factor)
+    eval_capacity_factor: Annotated[float, Field(gt=0.0)] | None = None  # None: as in training
+    normalize_gates: bool = True  # chosen gates are divided by their sum (after dropping, where tokens drop)
+    balance_loss: Literal["first_choice", "all_choices"] = "first_choice"
+    balance_loss_coeff: NonNegative = 0.01  # of the balance loss summed over MoE layers
+
+
+class ParallelConfig(Section):
+    """How the ranks are folded. Data parallel size is what remains: world / (tensor * pipeline)."""
+
+    tensor_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = 1
+    virtual_pipeline_parallel_size: PositiveInt = 1  # model chunks per pipeline rank; >1: interleaved schedule
+    expert_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: PositiveInt = 1  # 1 or tensor_parallel_size
+    sequence_parallel: bool = False
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    recompute: Literal["none", "selective", "full"] = "none"
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0  # longest wait in a collective
+
+
+class OptimizerConfig(Section):
+    """Optimizer, learning-rate schedule, clipping, loss scale, and what is special about experts."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    implementation: Literal["auto", "torch", "apex"] = "auto"  # auto: NVIDIA apex where it is really installed
+    lr: NonNegative = 6e-4
+    min_lr: NonNegative = 0.0
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    warmup_steps: CountOrZero = 0
+    decay_steps: PositiveInt | None = None  # linear, cosine: step that reaches min_lr; None: run.num_steps
+    wsd_decay_steps: PositiveInt | None = None  # wsd: steps of the last phase; None: a tenth of the whole
+    beta1: Probability = 0.9
+    beta2: Probability = 0.98
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    momentum: Probability = 0.0  # sgd
+    weight_decay: NonNegative = 0.01
+    decay_norms_and_biases: bool = True  # the paper decays every parameter
+    clip_grad: NonNegative = 0.0  # largest global gradient norm; 0: no clipping
+    expert_grad_scaling: Literal["mean", "sqrt_world_size"] = "mean"
+    # mean: the gradient of the mean loss; sqrt_world_size: times sqrt(ranks that share one set of experts)
+    expert_grad_world_size: PositiveInt | None = None  # that number of ranks; None: expert_parallel_size
+    expert_lr_scale: Annotated[float, Field(gt=0.0)] | Literal["inverse_sqrt_experts"] = 1.0
+    initial_loss_scale: Annotated[float, Field(gt=0.0)] = 4.0  # fp16
+    loss_scale_window_steps: PositiveInt = 2_000
+    min_loss_scale: Annotated[float, Field(gt=0.0)] = 1e-4
+
+
+class Corpus(Section):
+    """One indexed dataset: the path of its .bin/.idx pair without the ending, and its weight in the blend."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class TokenizerConfig(Section):
+    """What turns text into ids; needed to sample text, not to train on indexed datasets."""
+
+    kind: Literal["sentencepiece", "gpt2_bpe", "byte"] = "byte"
+    path: str | None = None  # sentencepiece: the .model file; gpt2_bpe: folder with vocab.json and merges.txt
+
+
+class DataConfig(Section):
+    """Where training, validation and test samples come from."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    train: tuple[Corpus, ...] = ()
+    valid: tuple[Corpus, ...] = ()  # empty: cut from train by `split`
+    test: tuple[Corpus, ...] = ()
+    split: tuple[NonNegative, NonNegative, NonNegative] = (0.98, 0.02, 0.0)  # train, valid, test shares of `train`
+
+
+class CheckpointConfig(Section):
+    """When the state of a run is written, and how much of it is kept."""
+
+    save_interval_steps: CountOrZero = 0  # 0: only at the end
+    keep_last: PositiveInt = 2
+    save_at_end: bool = True
+    resume: bool = True  # go on from the newest complete checkpoint of the run folder
+
+
+class MonitorConfig(Section):
+    """What is printed and recorded while a run goes on."""
+
+    log_interval_steps: PositiveInt = 10
+    progress_bar: bool = True  # only ever drawn on a terminal
+    wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "megamoe"
+    wandb_name: str | None = None
+    sample_prompt: str | None = None  # text to continue when training ends; needs data.tokenizer
+    num_sample_tokens: CountOrZero = 60
+
+
+class BatchSizeRamp(Section):
+    """Grow the global batch from `start` by `increment` samples, evenly over the first `num_samples` samples."""
+
+    start: PositiveInt
+    increment: PositiveInt
+    num_samples: PositiveInt
+
+
+class RunConfig(Section):
+    """One training run: its folder, length, batch, precision and limits."""
+
+    dir: str = "runs/default"
+    num_steps: PositiveInt = 100
+    micro_batch_size: PositiveInt = 1  # sequences per rank and forward pass
+    global_batch_size: PositiveInt = 8  # sequences per optimizer step, over all ranks
+    batch_size_ramp: BatchSizeRamp | None = None
+    seed: CountOrZero = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    eval_interval_steps: CountOrZero = 0  # 0: only at the end
+    num_eval_batches: CountOrZero = 8  # global batches per validation; 0: none
+    max_skipped_steps: PositiveInt = 20  # consecutive steps with a non-finite gradient before the run stops
+
+
+class Config(Section):
+    """A whole run, resolved: every default is filled in, nothing is left to be looked up elsewhere."""
+
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    run: RunConfig = RunConfig()

@@ -1,0 +1,33 @@
+"""What megamoe raises when something is the user's to mend.
+
+The command line prints the message of any `MegamoeError` as one sentence and exits with `exit_code`; everything
+else is a defect of ours and keeps its traceback.
+"""
+
+
+class MegamoeError(Exception):
+    """A problem the user can mend: the message says what, where, and what would be valid."""
+
+    exit_code = 2
+
+
+class ConfigError(MegamoeError):
+    """A setting is unknown, of the wrong type, or impossible together with the others."""
+
+
+class DataError(MegamoeError):
+    """A corpus, tokenizer or indexed dataset is missing, damaged, or does not fit the model."""
+
+
+class CheckpointError(MegamoeError):
+    """A checkpoint is missing, incomplete, damaged, or was written by another layout."""
+
+
+class TopologyError(MegamoeError):
+    """The ranks that exist do not form the grid that the configuration asks for."""
+
+
+class TrainingStopped(MegamoeError):
+    """Training ended itself: too many skipped steps, a hang, a rank that died."""
+
+    exit_code = 3

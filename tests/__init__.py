@@ -1,0 +1,1 @@
+"""`unit`: no ranks or few; `parallel`, `parity`: ranks by `tests.harness`; `journeys`: whole commands."""
