@@ -1,0 +1,1 @@
+"""Ranks and parameters as arithmetic: the grid and its foldings, pipeline stages, the parameter table. No torch."""
