@@ -1,0 +1,32 @@
+"""Causal attention by torch's scaled_dot_product_attention: flash kernels on GPU and CPU, no [s, s] matrix.
+
+    s sequence   b micro-batch   n query heads   g key/value heads   d head dimension (heads: of this tensor rank)
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CausalAttention(nn.Module):
+    """The core-attention slot of Megatron's SelfAttention."""
+
+    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+        self.scale = softmax_scale  # None: d ** -0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]."""
+        length, batch, num_heads, head_dim = query.shape
+        out = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=key.shape[2] != num_heads,
+        )
+        return out.permute(2, 0, 1, 3).reshape(length, batch, num_heads * head_dim)

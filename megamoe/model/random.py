@@ -1,0 +1,47 @@
+"""Random states for dropout: the default generator and Megatron's tracker for tensor-parallel regions."""
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from megamoe.model.parallel import ParallelGroups
+from megamoe.topology.initial import seed_of
+
+TENSOR_PARALLEL_STATE = "model-parallel-rng"  # the name Megatron's layers fork
+
+
+def seed_generators(seed: int, groups: ParallelGroups) -> None:
+    """Seed this rank for dropout.
+
+    Outside tensor-parallel regions the ranks of a tensor group must draw alike; inside them each draws its own. Data
+    ranks and pipeline stages always differ.
+    """
+    at = groups.coordinates
+    shared = seed_of(seed, f"dropout/{at.data}/{at.pipeline}")
+    own = seed_of(seed, f"dropout/{at.data}/{at.pipeline}/{at.tensor}")
+    torch.manual_seed(shared)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(shared)
+    initialize_rng_tracker(force_reset=True)
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add(TENSOR_PARALLEL_STATE, own)
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Every state a resumed run needs to draw as if it had not stopped; uint8 tensors by name."""
+    states = {"default": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for name, state in get_cuda_rng_tracker().get_states().items():
+        states[f"tracker.{name}"] = state
+    return states
+
+
+def restore_random_state(states: dict[str, torch.Tensor]) -> None:
+    """Undo what happened since `random_state` was taken."""
+    torch.set_rng_state(states["default"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    prefix = "tracker."
+    get_cuda_rng_tracker().set_states({n[len(prefix) :]: s for n, s in states.items() if n.startswith(prefix)})

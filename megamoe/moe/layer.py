@@ -1,0 +1,177 @@
+"""The MoE layer as Megatron-core's transformer layer calls it and as DeepSpeed recognises it.
+
+    s sequence   b micro-batch   h hidden   S = s * b tokens (of this rank's slice)   E experts   k choices   t tensor ranks
+
+Tensor parallelism, without expert tensor parallelism: every tensor rank routes its own slice of the sequence, so no
+token is sent or computed twice; with sequence parallelism the slice is what arrives, otherwise it is cut here and
+gathered again. With expert tensor parallelism the experts' matrices are cut like the dense ones: all tensor ranks
+route the same tokens and sum their partial results.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.utils import groups as deepspeed_groups
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor, nn
+
+from megamoe.config.schema import MoEConfig
+from megamoe.moe.dispatch import combine, dispatch
+from megamoe.moe.experts import StackedExperts
+from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share
+from megamoe.moe.routing import expert_capacity, route
+from megamoe.moe.statistics import LoadStatistics
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """The groups an MoE layer talks over (None: a group of one) and where this rank stands in them."""
+
+    expert_group: dist.ProcessGroup | None
+    expert_size: int
+    tensor_group: dist.ProcessGroup | None
+    tensor_size: int
+    expert_tensor_size: int
+    expert_tensor_rank: int
+    sequence_parallel: bool
+
+
+@dataclass(frozen=True)
+class MoEContext:
+    """What the MoE layers of one rank share: settings, groups, loss scale, statistics."""
+
+    config: MoEConfig
+    hidden_size: int
+    expert_ffn_hidden_size: int
+    activation: Any  # Tensor -> Tensor
+    gated: bool
+    use_bias: bool
+    dtype: torch.dtype
+    device: torch.device | str
+    parallel: ExpertParallel
+    loss_scale: LossScale
+    statistics: LoadStatistics
+
+
+def expert_group_name(expert_parallel_size: int) -> str:
+    """DeepSpeed's key for the expert groups of one size; expert parameters carry it."""
+    return f"ep_size_{expert_parallel_size}"
+
+
+class Router(nn.Module):
+    """A bias-free linear map to one score per expert: weight [E, h]."""
+
+    def __init__(self, context: MoEContext) -> None:
+        super().__init__()
+        shape = (context.config.num_experts, context.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=context.dtype, device=context.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [S, h] -> logits [S, E] fp32. The product runs in the model's dtype, as in Artetxe et al.'s code."""
+        return nn.functional.linear(x, self.weight).float()
+
+
+class MoELayer(DeepSpeedMoE):
+    """Router, dispatch, stacked experts, combine. A DeepSpeed `MoE` by class, so that its engine keeps expert
+    gradients and optimizer partitions apart; none of DeepSpeed's gates, masks or padded buffers are used."""
+
+    def __init__(self, config: Any, *, context: MoEContext, layer: int) -> None:
+        """`config` is Megatron's TransformerConfig, which every spec module is handed; `layer` is 0-based."""
+        nn.Module.__init__(self)  # not DeepSpeedMoE.__init__: it would build the gate and experts replaced here
+        parallel = context.parallel
+        self.context, self.layer = context, layer
+        self.num_experts = context.config.num_experts  # read by DeepSpeed's engine
+        self.ep_size = parallel.expert_size
+        self.expert_group_name = expert_group_name(parallel.expert_size)
+        self.num_local_experts = self.num_experts // parallel.expert_size
+        self.router = Router(context)
+        self.experts = StackedExperts(
+            num_local_experts=self.num_local_experts,
+            hidden_size=context.hidden_size,
+            ffn_hidden_size=context.expert_ffn_hidden_size // parallel.expert_tensor_size,
+            activation=context.activation,
+            gated=context.gated,
+            use_bias=context.use_bias,
+            adds_fc2_bias=parallel.expert_tensor_rank == 0,
+            dtype=context.dtype,
+            device=context.device,
+        )
+        for parameter in self.experts.parameters():
+            parameter.allreduce = False  # DeepSpeed: reduce over the expert-data group, not over data parallel
+            parameter.group_name = self.expert_group_name
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by DeepSpeed's engine, which here finds the groups registered instead of making its own."""
+        deepspeed_groups._get_expert_parallel_group(self.expert_group_name)
+
+    def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """hidden [s, b, h] (a slice of s under sequence parallelism) -> the same shape, and no separate bias."""
+        x = self._enter(hidden)
+        y = self._route_and_apply(x.reshape(-1, x.shape[-1])).view_as(x)
+        return self._leave(y), None
+
+    def _route_and_apply(self, x: Tensor) -> Tensor:
+        """x [S, h] -> [S, h]."""
+        config, parallel = self.context.config, self.context.parallel
+        logits = self.router(x)
+        probabilities = logits.softmax(dim=-1)
+        routing = route(
+            logits,
+            top_k=config.top_k,
+            capacity=self._capacity(x.shape[0]),
+            normalize=config.normalize_gates,
+            probabilities=probabilities,
+        )
+        share = choice_share(routing.expert_index, self.num_experts, config.balance_loss)
+        if parallel.tensor_group is not None and parallel.expert_tensor_size == 1:
+            # The slices of one micro-batch are counted together: the loss does not depend on the tensor layout.
+            dist.all_reduce(share, group=parallel.tensor_group)
+            share /= parallel.tensor_size
+        loss = balance_loss(probabilities, routing.expert_index, config.balance_loss, share=share)
+        # Under recompute the forward pass runs twice, first without gradients: that one is not counted.
+        if torch.is_grad_enabled() or not self.training:
+            self.context.statistics.record(self.layer, routing, loss)
+
+        buffer, metadata = dispatch(x, routing, parallel.expert_group)
+        y = combine(self.experts(buffer, metadata.rows_per_expert), routing, metadata)
+        # Router gradients are summed over the tensor group, whose ranks each hold a slice or a copy of the loss.
+        weight = config.balance_loss_coeff / parallel.tensor_size
+        return attach_loss(y, loss, self.context.loss_scale, weight) if weight > 0.0 else y
+
+    def _capacity(self, num_tokens: int) -> int | None:
+        config = self.context.config
+        if config.dropless:
+            return None
+        factor = config.capacity_factor
+        if not self.training and config.eval_capacity_factor is not None:
+            factor = config.eval_capacity_factor
+        return expert_capacity(num_tokens, config.num_experts, config.top_k, factor)
+
+    def _enter(self, hidden: Tensor) -> Tensor:
+        parallel = self.context.parallel
+        if parallel.tensor_group is None:
+            return hidden
+        if parallel.expert_tensor_size == 1:
+            if parallel.sequence_parallel:
+                return hidden
+            return mappings.scatter_to_sequence_parallel_region(hidden, group=parallel.tensor_group)
+        if parallel.sequence_parallel:
+            return mappings.gather_from_sequence_parallel_region(hidden, group=parallel.tensor_group)
+        return mappings.copy_to_tensor_model_parallel_region(hidden, group=parallel.tensor_group)
+
+    def _leave(self, y: Tensor) -> Tensor:
+        parallel = self.context.parallel
+        if parallel.tensor_group is None:
+            return y
+        if parallel.expert_tensor_size == 1:
+            if parallel.sequence_parallel:
+                return y
+            return mappings.gather_from_sequence_parallel_region(
+                y, tensor_parallel_output_grad=False, group=parallel.tensor_group
+            )
+        if parallel.sequence_parallel:
+            return mappings.reduce_scatter_to_sequence_parallel_region(y, group=parallel.tensor_group)
+        return mappings.reduce_from_tensor_model_parallel_region(y, group=parallel.tensor_group)
