@@ -1,0 +1,81 @@
+"""From a configuration to a trainer: groups, model, engine, schedule, wired once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamoe.config.schema import Config
+from megamoe.model import cpu_bridge
+from megamoe.model.gpt import GPT, build_model_chunks
+from megamoe.model.naming import LocalParameter, fill_initial, local_parameters
+from megamoe.model.parallel import ParallelGroups
+from megamoe.model.random import seed_generators
+from megamoe.moe.losses import LossScale
+from megamoe.moe.statistics import LoadStatistics
+from megamoe.topology.parameters import param_table
+from megamoe.training.engine import ScheduleEngine, create_engine
+from megamoe.training.groups import create_groups
+from megamoe.training.lr_schedule import learning_rate
+from megamoe.training.optimizer import build_optimizer
+from megamoe.training.step import Batch, Schedule, StepResult, train_step
+
+
+@dataclass
+class Trainer:
+    """All that a run needs on one rank. `step` counts optimizer steps, skipped ones too; `samples`
+    consumed sequences; `skipped_steps` steps whose gradient was not finite."""
+
+    config: Config
+    groups: ParallelGroups
+    chunks: list[GPT]
+    parameters: list[LocalParameter]
+    engine: ScheduleEngine
+    schedule: Schedule
+    aux_loss_scale: LossScale
+    statistics: LoadStatistics
+    step: int = 0
+    samples: int = 0
+    skipped_steps: int = 0
+
+    def train_step(self, batch: Batch, global_batch_size: int) -> StepResult:
+        """Advance by one optimizer step over `batch`, this rank's share of global_batch_size sequences."""
+        rate = learning_rate(self.config.optimizer, self.step + 1, self.config.run.num_steps)
+        result = train_step(self.schedule, self.engine, self.aux_loss_scale, batch, rate)
+        self.step += 1
+        self.samples += global_batch_size
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor | None:
+        """Language losses of `batch`'s micro-batches, on the last stage; weights and statistics stay as they are."""
+        for chunk in self.chunks:
+            chunk.eval()
+        kept = self.statistics.take()
+        try:
+            return self.schedule.losses(batch, engine=None)
+        finally:
+            self.statistics.take()
+            self.statistics.restore(kept)
+            for chunk in self.chunks:
+                chunk.train()
+
+
+def build_trainer(config: Config, device: torch.device) -> Trainer:
+    """Set everything up for this rank. torch.distributed must be initialised; collective over all ranks.
+
+    Raises TopologyError or ConfigError where the layout does not fit the ranks or the machine.
+    """
+    cpu_bridge.apply()
+    groups = create_groups(config.parallel)
+    seed_generators(config.run.seed, groups)
+    aux_loss_scale, statistics = LossScale(), LoadStatistics(config.moe.num_experts)
+    chunks = build_model_chunks(config, groups, loss_scale=aux_loss_scale, statistics=statistics)
+    for chunk in chunks:
+        chunk.to(device)
+    parameters = local_parameters(chunks, param_table(config.model, config.moe), groups)
+    fill_initial(parameters, config.run.seed)
+    engine = create_engine(chunks, parameters, build_optimizer(parameters, config), config, groups)
+    schedule = Schedule(chunks, groups, config.model.seq_length, config.run.micro_batch_size, device)
+    return Trainer(config, groups, chunks, parameters, engine, schedule, aux_loss_scale, statistics)

@@ -1,0 +1,34 @@
+"""Join the world: torch.distributed with a bounded wait, seeds, and the CPU bridge, in the order the engines need."""
+
+from datetime import timedelta
+import os
+
+import torch
+import torch.distributed as dist
+
+from megamoe.launch.environment import RankEnvironment
+from megamoe.model import cpu_bridge
+
+
+def initialize_distributed(environment: RankEnvironment, timeout_seconds: float) -> torch.device:
+    """Initialise torch.distributed (NCCL with CUDA, gloo without) and return this rank's device.
+
+    Every collective waits at most `timeout_seconds`. Call before DeepSpeed is imported.
+    """
+    os.environ.update(environment.as_variables())  # DeepSpeed reads its local rank there
+    cpu_bridge.apply_before_import()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", environment.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=environment.init_method,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return device

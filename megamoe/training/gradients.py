@@ -1,0 +1,108 @@
+"""What happens to gradients between their reduction and the update: the sums no engine makes, scaling, the norm.
+
+It works on slices, because under ZeRO a rank owns only a part of each reduced gradient; summing over a tensor group
+commutes with that, as its ranks cut their equal parameters at equal places.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamoe.config.schema import Config
+from megamoe.model.naming import LocalParameter
+from megamoe.model.parallel import ParallelGroups
+from megamoe.topology.reductions import is_summed_over_tensor, is_whole_on_each_tensor_rank
+
+
+@dataclass(frozen=True)
+class GradientSlice:
+    """Elements [start, start + len(values)) of a parameter's flattened gradient. `values` is a view: writes count."""
+
+    local: LocalParameter
+    values: Tensor  # [n]
+    start: int
+
+
+class GradientFinalizer:
+    """Finishes the gradients of one step and measures them. `norm` is the last global norm, without loss scale."""
+
+    def __init__(self, parameters: Sequence[LocalParameter], groups: ParallelGroups, config: Config) -> None:
+        self.by_tensor = {id(local.tensor): local for local in parameters}
+        self.clip_grad = config.optimizer.clip_grad
+        self.norm = math.nan
+        self._groups, self._parallel = groups, config.parallel
+        self._is_tied = config.model.tie_embeddings and groups.grid.pipeline > 1
+        self._expert_scale = 1.0
+        if config.optimizer.expert_grad_scaling == "sqrt_world_size":
+            num_ranks = config.optimizer.expert_grad_world_size or config.parallel.expert_parallel_size
+            self._expert_scale = math.sqrt(num_ranks)
+
+    def finalize(self, slices: Sequence[GradientSlice], *, scale: float) -> float:
+        """Complete the gradients in place and return their global norm divided by `scale` (the loss scale).
+
+        `slices` cover, over the data-parallel (for experts: expert-data) ranks, each gradient once (ZeRO 1, 2), or
+        each rank's gradients whole (ZeRO 0). Collective over all ranks; the result is the same on all.
+        """
+        self._sum_over_tensor_group(slices)
+        self._sum_tied_embedding(slices)
+        if self._expert_scale != 1.0:
+            for piece in slices:
+                if piece.local.parameter.kind == "expert":
+                    piece.values.mul_(self._expert_scale)
+        self.norm = self._global_norm(slices) / scale
+        return self.norm
+
+    def _sum_over_tensor_group(self, slices: Sequence[GradientSlice]) -> None:
+        """One all-reduce for all gradients that tensor ranks computed in parts."""
+        parts = [s.values for s in slices if is_summed_over_tensor(s.local.parameter, self._parallel)]
+        if not parts:
+            return
+        packed = torch.cat(parts)
+        dist.all_reduce(packed, group=self._groups.tensor)
+        for part, total in zip(parts, packed.split([part.numel() for part in parts]), strict=True):
+            part.copy_(total)
+
+    def _sum_tied_embedding(self, slices: Sequence[GradientSlice]) -> None:
+        """Add the gradients of both copies of the embedding, whose stages cut their partitions at different places."""
+        if not self._is_tied or self._groups.tied_embedding is None:
+            return
+        local = next(each for each in self.by_tensor.values() if each.parameter.kind == "embedding")
+        own = [s for s in slices if s.local is local]
+        total = torch.zeros(local.tensor.numel(), dtype=torch.float32, device=local.tensor.device)
+        # At stage 0 every data rank has the whole gradient: one speaks for all.
+        if self._parallel.zero_stage > 0 or self._groups.coordinates.data == 0:
+            for piece in own:
+                total[piece.start : piece.start + piece.values.numel()] = piece.values
+        dist.all_reduce(total, group=self._groups.tied_embedding)
+        for piece in own:
+            piece.values.copy_(total[piece.start : piece.start + piece.values.numel()])
+
+    def _global_norm(self, slices: Sequence[GradientSlice]) -> float:
+        """L2 norm over all parameters of the model, each counted once, in fp64."""
+        device = self._groups_device(slices)
+        square_sum = torch.zeros((), dtype=torch.float64, device=device)
+        counted = [s.values for s in slices if self._is_counted(s.local)]
+        if counted:
+            norms = torch._foreach_norm(counted, 2, dtype=torch.float32)
+            square_sum = torch.stack(norms).double().square().sum()
+        dist.all_reduce(square_sum, group=self._groups.world)
+        return math.sqrt(value) if math.isfinite(value := square_sum.item()) else math.inf
+
+    def _groups_device(self, slices: Sequence[GradientSlice]) -> torch.device:
+        return slices[0].values.device if slices else next(iter(self.by_tensor.values())).tensor.device
+
+    def _is_counted(self, local: LocalParameter) -> bool:
+        at, parameter = self._groups.coordinates, local.parameter
+        is_expert = parameter.kind == "expert"
+        if local.tied_copy:
+            return False
+        if is_whole_on_each_tensor_rank(parameter, self._parallel):
+            if (at.expert_tensor if is_expert else at.tensor) != 0:
+                return False
+        if self._parallel.zero_stage > 0:
+            return True
+        return (at.expert_data if is_expert else at.data) == 0

@@ -1,0 +1,92 @@
+"""The entry of one training rank: everything between a configuration and a finished run."""
+
+import os
+import warnings
+from typing import Any
+
+# Before the engines are imported: they warn about every optional CUDA package that a CPU run cannot have.
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
+warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
+
+import torch.distributed as dist  # noqa: E402
+
+from megamoe.config.schema import Config  # noqa: E402
+from megamoe.config.validation import validate_for_training  # noqa: E402
+from megamoe.data.datasets import Splits, open_splits  # noqa: E402
+from megamoe.data.tokenizers import Tokenizer, build_tokenizer  # noqa: E402
+from megamoe.launch.environment import rank_environment  # noqa: E402
+from megamoe.model import cpu_bridge  # noqa: E402
+
+cpu_bridge.apply_before_import()
+
+from megamoe.training import run_folder  # noqa: E402
+from megamoe.training.build import Trainer, build_trainer  # noqa: E402
+from megamoe.training.checkpoint import load_checkpoint  # noqa: E402
+from megamoe.training.distributed import initialize_distributed  # noqa: E402
+from megamoe.training.hooks import ClockRestart, MemoryNote, Reporter, Saver, SkipGuard, Validator  # noqa: E402
+from megamoe.training.loop import Hook, train  # noqa: E402
+from megamoe.training.monitor import Monitor  # noqa: E402
+from megamoe.training.optimizer import apex_state  # noqa: E402
+from megamoe.training.sampling import Sampler  # noqa: E402
+
+
+def run_rank(payload: dict[str, Any]) -> None:
+    """Train as one rank of the world that the environment describes. `payload` is {"config": resolved config}.
+
+    Raises MegamoeError for what the user must mend.
+    """
+    config = Config.model_validate(payload["config"])
+    environment = rank_environment()
+    validate_for_training(config, environment.world_size)
+    splits = open_splits(
+        config.data, seq_length=config.model.seq_length, vocab_size=config.model.vocab_size, seed=config.run.seed
+    )
+    wants_sample = config.monitor.sample_prompt is not None and config.monitor.num_sample_tokens > 0
+    tokenizer = build_tokenizer(config.data.tokenizer) if wants_sample else None
+    device = initialize_distributed(environment, config.parallel.timeout_seconds)
+    try:
+        resume_from = run_folder.latest_checkpoint(config.run.dir) if config.checkpoint.resume else None
+        dist.barrier()  # nobody looks for a checkpoint after the first rank has begun to write
+        is_first = environment.rank == 0
+        if is_first:
+            run_folder.prepare(config)
+        dist.barrier()
+        trainer = build_trainer(config, device)
+        if resume_from is not None:
+            load_checkpoint(trainer, resume_from)
+        monitor = Monitor(config, is_first=is_first, resume_step=trainer.step)
+        _say_start(trainer, monitor, splits, resumed=resume_from is not None)
+        try:
+            train(trainer, splits.train, _hooks(config, monitor, splits, tokenizer))
+        finally:
+            monitor.close()
+    finally:
+        dist.destroy_process_group()
+
+
+def _hooks(config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenizer | None) -> list[Hook]:
+    reporter = Reporter(config.monitor.log_interval_steps, monitor.record, monitor.show_step)
+    hooks: list[Hook] = [SkipGuard(config.run.max_skipped_steps), reporter]
+    if splits.valid is not None and config.run.num_eval_batches:
+        run = config.run
+        hooks.append(Validator(splits.valid, run.eval_interval_steps, run.num_eval_batches, monitor.record))
+    checkpoint = config.checkpoint
+    hooks.append(Saver(config.run.dir, checkpoint.save_interval_steps, checkpoint.save_at_end, monitor.say))
+    if tokenizer is not None:
+        hooks.append(
+            Sampler(tokenizer, config.monitor.sample_prompt or "", config.monitor.num_sample_tokens, monitor.say)
+        )
+    return [*hooks, MemoryNote(monitor.say), ClockRestart(reporter)]
+
+
+def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits, *, resumed: bool) -> None:
+    config, grid = trainer.config, trainer.groups.grid
+    if config.optimizer.implementation == "auto" and apex_state() == "unrelated":
+        monitor.say("the package apex that is installed is not NVIDIA's: torch's AdamW is used")
+    monitor.say(
+        f"{'resumed at' if resumed else 'training from'} step {trainer.step} of {config.run.num_steps} on {grid.world} ranks: "
+        f"tensor {grid.tensor} x data {grid.data} x pipeline {grid.pipeline}, experts over {grid.expert}, "
+        f"ZeRO-{config.parallel.zero_stage}, {config.run.precision}, process {os.getpid()}"
+    )
+    epoch = splits.train.num_samples
+    monitor.say(f"{epoch} training sequences of {config.model.seq_length} tokens an epoch; run folder {config.run.dir}")

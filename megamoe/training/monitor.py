@@ -1,0 +1,90 @@
+"""Where a run's metrics go: terminal, log file, metrics.jsonl, Weights & Biases. Rank 0 only."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megamoe.config.schema import Config
+from megamoe.training.metrics import MetricsWriter, ProgressBar, format_line
+
+
+class Sink(Protocol):
+    """Something that keeps metrics."""
+
+    def write(self, metrics: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbSink:
+    """Weights & Biases, offline unless asked otherwise; x axis is the step."""
+
+    def __init__(self, config: Config) -> None:
+        import wandb
+
+        monitor = config.monitor
+        self._run = wandb.init(
+            project=monitor.wandb_project,
+            name=monitor.wandb_name,
+            mode=monitor.wandb_mode,
+            dir=config.run.dir,
+            config=config.model_dump(mode="json"),
+        )
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        self._run.log(dict(metrics), step=metrics["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Monitor:
+    """Rank 0's voice. On other ranks every method does nothing."""
+
+    def __init__(self, config: Config, *, is_first: bool, resume_step: int) -> None:
+        self.is_first, self._num_steps = is_first, config.run.num_steps
+        self._sinks: list[Sink] = []
+        self._log = None
+        if not is_first:
+            return
+        self._bar = ProgressBar(
+            config.run.num_steps, first_step=resume_step, enabled=config.monitor.progress_bar
+        )
+        self._log = open(Path(config.run.dir) / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 (open during the run)
+        self._sinks.append(MetricsWriter(config.run.dir, resume_step=resume_step))
+        if config.monitor.wandb_mode != "disabled":
+            self._add_wandb(config)
+
+    def _add_wandb(self, config: Config) -> None:
+        """A run must not fail because a tracking service does: it goes on with metrics.jsonl."""
+        try:
+            self._sinks.append(WandbSink(config))
+        except Exception as error:  # wandb raises many kinds, network errors of other libraries among them
+            logging.getLogger(__name__).debug("wandb.init failed", exc_info=True)
+            self.say(f"Weights & Biases is not used: {error}. Metrics go to metrics.jsonl")
+
+    def say(self, text: str) -> None:
+        """Print a line and keep it in log.txt."""
+        if self._log is not None:
+            self._bar.print(text)
+            self._log.write(text + "\n")
+            self._log.flush()
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Print and keep a set of metrics; `step` among them."""
+        if self.is_first:
+            self.say(format_line(metrics, num_steps=self._num_steps))
+            for sink in self._sinks:
+                sink.write(metrics)
+
+    def show_step(self, step: int) -> None:
+        if self.is_first:
+            self._bar.update(step)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._bar.close()
+            self._log.close()
+        for sink in self._sinks:
+            sink.close()

@@ -1,0 +1,69 @@
+"""The layout of a run's folder. No torch: the command line looks here before it starts a rank.
+
+    config.yaml     the resolved configuration
+    log.txt         what was printed
+    metrics.jsonl   one JSON object a line
+    checkpoints/    step_00000100/ ..., latest (a text file with the name of the newest complete one)
+"""
+
+import os
+from pathlib import Path
+
+from megamoe.config.loading import dump_yaml
+from megamoe.config.schema import Config
+from megamoe.errors import CheckpointError
+
+LATEST = "latest"
+_PREFIX = "step_"
+
+
+def checkpoints_path(run_dir: str | os.PathLike[str]) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a checkpoint folder's name; None for any other name."""
+    digits = name.removeprefix(_PREFIX)
+    return int(digits) if name.startswith(_PREFIX) and digits.isdecimal() else None
+
+
+def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of a run, or None. Raises CheckpointError if `latest` names none."""
+    folder = checkpoints_path(run_dir)
+    try:
+        name = (folder / LATEST).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    if step_of(name) is None or not (folder / name).is_dir():
+        raise CheckpointError(
+            f'{folder / LATEST} names "{name}", which is no checkpoint beside it: write the name of one of '
+            f"{sorted(p.name for p in folder.iterdir() if step_of(p.name) is not None)} into it, or remove it to start anew"
+        )
+    return folder / name
+
+
+def completed_steps(run_dir: str | os.PathLike[str]) -> int:
+    """Optimizer steps that the newest checkpoint of a run has behind it; 0 without one."""
+    newest = latest_checkpoint(run_dir)
+    return 0 if newest is None else step_of(newest.name) or 0
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file as one act: readers see the old or the new content, also after a crash."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def prepare(config: Config) -> None:
+    """Make the run's folder and write the resolved configuration into it."""
+    folder = Path(config.run.dir)
+    checkpoints_path(folder).mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", dump_yaml(config))
