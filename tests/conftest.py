@@ -1,0 +1,16 @@
+"""What every test starts from: no leftovers of a launcher in the environment, and no user settings of ours."""
+
+import os
+
+import pytest
+
+LAUNCHER_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "MEGAMOE_INIT_METHOD", "SLURM_PROCID", "SLURM_STEP_ID",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in LAUNCHER_VARIABLES:  # the suite may itself run inside a SLURM job
+        os.environ.pop(name, None)
+    os.environ.setdefault("WANDB_MODE", "disabled")
