@@ -1,0 +1,247 @@
+"""The whole of training in plain PyTorch, in one process: what every layout must reproduce.
+
+Nothing here knows a process group, a shard or a stage; nothing is imported from the stack but its configuration.
+Weights are full fp32 tensors under the names of the parameter table, gradients come from autograd alone, and the
+only trace of a layout is that a capacity drops tokens per rank. Loops are chosen over speed where they read better.
+
+Shapes: b sequences, s positions, d hidden, T = s * b tokens with the position slowest, E experts, k choices.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megamoe.config.schema import Config, ModelConfig, MoEConfig
+
+MicroBatch = tuple[Tensor, Tensor]  # tokens [b, s], labels [b, s]
+Weights = dict[str, Tensor]
+
+
+def global_batch(samples: Tensor, micro_batch_size: int, data_parallel_size: int) -> list[list[MicroBatch]]:
+    """Deal samples [G, s + 1] out: micro-batch m of data rank r takes rows (m * ranks + r) * b + [0, b)."""
+    dealt: list[list[MicroBatch]] = [[] for _ in range(data_parallel_size)]
+    for i, rows in enumerate(samples.split(micro_batch_size)):
+        dealt[i % data_parallel_size].append((rows[:, :-1], rows[:, 1:]))
+    return dealt
+
+
+def norm(x: Tensor, weights: Weights, name: str, model: ModelConfig) -> Tensor:
+    """LayerNorm or RMSNorm over the last dimension, by `model.normalization`."""
+    if model.normalization == "layernorm":
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], model.norm_epsilon)
+    return rms_norm(x, weights[f"{name}.weight"], model.norm_epsilon)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight
+
+
+def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def sinusoids(seq_length: int, hidden_size: int) -> Tensor:
+    """fairseq's table [s, d]: sines in the first half, cosines in the second, positions counted from 2."""
+    half = hidden_size // 2
+    frequency = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10_000.0) / (half - 1)))
+    angle = torch.arange(2, seq_length + 2, dtype=torch.float32)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Rotary embedding of x [b, heads, s, head_dim]; feature i turns with feature i + head_dim / 2."""
+    s, head_dim = x.shape[-2:]
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = (torch.arange(s, dtype=torch.float32)[:, None] * frequency).repeat(1, 2)
+    left, right = x.chunk(2, dim=-1)
+    return x * angle.cos().to(x.dtype) + torch.cat([-right, left], dim=-1) * angle.sin().to(x.dtype)
+
+
+def attention(x: Tensor, weights: Weights, layer: str, model: ModelConfig) -> Tensor:
+    """Causal self-attention of x [b, s, d] from the fused rows: per group its queries, then its key, its value."""
+    b, s, _ = x.shape
+    num_heads = model.num_attention_heads
+    num_groups = model.num_query_groups or num_heads
+    head_dim = model.head_dim or model.hidden_size // num_heads
+    per_group = num_heads // num_groups
+    qkv = linear(x, weights, f"{layer}.attention.qkv").view(b, s, num_groups, per_group + 2, head_dim)
+    q = qkv[:, :, :, :per_group].reshape(b, s, num_heads, head_dim)
+    k, v = qkv[:, :, :, per_group], qkv[:, :, :, per_group + 1]
+    if model.qk_norm == "full":  # one mean square over all heads together
+        q, k = q.reshape(b, s, -1), k.reshape(b, s, -1)
+    if model.qk_norm != "none":
+        q = rms_norm(q, weights[f"{layer}.attention.q_norm.weight"], model.norm_epsilon).view(b, s, -1, head_dim)
+        k = rms_norm(k, weights[f"{layer}.attention.k_norm.weight"], model.norm_epsilon).view(b, s, -1, head_dim)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if model.position_embedding == "rope":
+        q, k = rotate(q, model.rope_base), rotate(k, model.rope_base)
+    k, v = k.repeat_interleave(per_group, dim=1), v.repeat_interleave(per_group, dim=1)
+    future = torch.ones(s, s, dtype=torch.bool).triu(1)
+    scores = (q @ k.transpose(-1, -2) * head_dim**-0.5).float().masked_fill(future, -math.inf)
+    mixed = scores.softmax(-1).to(v.dtype) @ v
+    return linear(mixed.transpose(1, 2).reshape(b, s, num_heads * head_dim), weights, f"{layer}.attention.out")
+
+
+def feed_forward(x: Tensor, weights: Weights, name: str, activation: str, expert: int | None = None) -> Tensor:
+    """fc2(act(fc1(x))) of a dense layer, or of one expert of a stack."""
+    tensors = [weights.get(f"{name}.{part}") for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
+    w1, b1, w2, b2 = (t if t is None or expert is None else t[expert] for t in tensors)
+    if activation == "swiglu":
+        gate, up = (F.linear(x, w1[i], None if b1 is None else b1[i]) for i in (0, 1))
+        return F.linear(F.silu(gate) * up, w2, b2)
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh" if activation == "gelu_tanh" else "none"), w2, b2)
+
+
+def fits(choices: list[list[int]], num_experts: int, capacity: int) -> list[list[bool]]:
+    """Which choices of one rank's tokens find room: all first choices by position, then all second ones, ..."""
+    room = [capacity] * num_experts
+    kept = [[False] * len(row) for row in choices]
+    for j in range(len(choices[0])):
+        for token, row in enumerate(choices):
+            kept[token][j] = room[row[j]] > 0
+            room[row[j]] -= 1
+    return kept
+
+
+def mixture(
+    x: Tensor, weights: Weights, layer: str, model: ModelConfig, moe: MoEConfig, num_slices: int
+) -> tuple[Tensor, Tensor, int]:
+    """The MoE layer on tokens x [T, d] that `num_slices` ranks route a slice each: output, balance loss, drops."""
+    num_tokens, num_experts = len(x), moe.num_experts
+    probabilities = F.linear(x.float(), weights[f"{layer}.router.weight"].float()).softmax(-1)  # [T, E]
+    choices = probabilities.sort(dim=-1, descending=True, stable=True).indices[:, : moe.top_k]  # [T, k]
+    counted = choices[:, :1] if moe.balance_loss == "first_choice" else choices
+    share = torch.bincount(counted.flatten(), minlength=num_experts) / counted.numel()
+    balance_loss = num_experts * (probabilities.mean(0) * share).sum()
+
+    kept = torch.ones_like(choices, dtype=torch.bool)
+    if not moe.dropless:
+        routed = num_tokens // num_slices  # tokens of one rank
+        capacity = moe.top_k * math.ceil(moe.capacity_factor * routed / num_experts)
+        kept = torch.tensor([row for s in choices.split(routed) for row in fits(s.tolist(), num_experts, capacity)])
+    gates = probabilities.gather(1, choices) * kept  # normalised only after the drops
+    if moe.normalize_gates:
+        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+    output = torch.zeros(x.shape)
+    for e in range(num_experts):
+        token, j = ((choices == e) & kept).nonzero(as_tuple=True)
+        answer = feed_forward(x[token], weights, f"{layer}.experts", model.activation, expert=e)
+        output = output.index_add(0, token, gates[token, j][:, None] * answer.float())
+    return output.to(x.dtype), balance_loss, int((~kept).sum())
+
+
+def is_moe(layer: int, moe: MoEConfig) -> bool:
+    if isinstance(moe.layer_pattern, int):
+        return moe.num_experts > 0 and (layer + 1) % moe.layer_pattern == 0
+    return moe.num_experts > 0 and layer in moe.layer_pattern
+
+
+def forward(config: Config, weights: Weights, tokens: Tensor, num_slices: int = 1) -> tuple[Tensor, Tensor, int]:
+    """Logits [b, s, V] in fp32, balance loss summed over the MoE layers, dropped assignments, for tokens [b, s]."""
+    model, (b, s) = config.model, tokens.shape
+    x = weights["embedding.weight"][tokens]
+    if model.scale_embeddings:
+        x = x * math.sqrt(model.hidden_size)
+    if model.position_embedding == "sinusoidal":
+        x = x + sinusoids(s, model.hidden_size).to(x.dtype)
+    balance_loss, num_dropped = torch.zeros(()), 0
+    for i in range(model.num_layers):
+        layer = f"layers.{i}"
+        x = x + attention(norm(x, weights, f"{layer}.attention_norm", model), weights, layer, model)
+        h = norm(x, weights, f"{layer}.ffn_norm", model)
+        if is_moe(i, config.moe):
+            flat = h.transpose(0, 1).reshape(s * b, -1)
+            out, layer_loss, drops = mixture(flat, weights, layer, model, config.moe, num_slices)
+            x = x + out.view(s, b, -1).transpose(0, 1)
+            balance_loss, num_dropped = balance_loss + layer_loss, num_dropped + drops
+        else:
+            x = x + feed_forward(h, weights, f"{layer}.ffn", model.activation)
+    head = weights["embedding.weight" if model.tie_embeddings else "output.weight"]
+    return F.linear(norm(x, weights, "final_norm", model), head).float(), balance_loss, num_dropped
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Rate of optimizer step `step`, counted from 1: linear from 0 over the warm-up, then by the schedule."""
+    o = config.optimizer
+    if step < o.warmup_steps:
+        return o.lr * step / o.warmup_steps
+    end = o.decay_steps if o.decay_steps and o.schedule != "wsd" else config.run.num_steps
+    start = o.warmup_steps
+    if o.schedule == "wsd":
+        start = max(start, end - (o.wsd_decay_steps or max(1, end // 10)))
+    progress = min(max((step - start) / max(end - start, 1), 0.0), 1.0)
+    if o.schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return o.lr if o.schedule == "constant" else o.lr + (o.min_lr - o.lr) * progress
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step; losses are means over micro-batches and data ranks, the norm is before clipping."""
+
+    lm_loss: float
+    balance_loss: float  # summed over layers, without its coefficient
+    loss: float
+    grad_norm: float
+    num_dropped: int  # choices without room, over all layers and micro-batches
+    lr: float
+
+
+class ReferenceRun:
+    """Trains `weights` (copied) by `config`; `dtype` bf16 computes in bf16 over fp32 master weights."""
+
+    def __init__(self, config: Config, weights: Weights, *, dtype: torch.dtype = torch.float32) -> None:
+        parallel = config.parallel  # experts cut like the rest route whole sequences; whole experts, a slice per rank
+        self.num_slices = 1 if parallel.expert_tensor_parallel_size > 1 else parallel.tensor_parallel_size
+        self.config, self.dtype, self.num_steps = config, dtype, 0
+        self.weights = {name: w.detach().clone().float().requires_grad_() for name, w in weights.items()}
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        o, groups = self.config.optimizer, []
+        scale = o.expert_lr_scale
+        if scale == "inverse_sqrt_experts":
+            scale = max(1, self.config.moe.num_experts) ** -0.5
+        for name, weight in self.weights.items():
+            exempt = not o.decay_norms_and_biases and (name.endswith(".bias") or "norm." in name)
+            decay = 0.0 if exempt else o.weight_decay
+            groups.append({"params": [weight], "weight_decay": decay, "scale": scale if ".experts." in name else 1.0})
+        if o.name == "sgd":
+            return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum)
+        return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+
+    def step(self, batch: Sequence[Sequence[MicroBatch]]) -> StepResult:
+        """One optimizer step on batch[data rank][micro-batch]; every micro-batch counts the same."""
+        o, micro_batches = self.config.optimizer, [m for rank in batch for m in rank]
+        lm_sum, balance_sum, num_dropped = 0.0, 0.0, 0
+        self.optimizer.zero_grad()
+        for tokens, labels in micro_batches:
+            cast = {name: w.to(self.dtype) for name, w in self.weights.items()}
+            logits, balance_loss, drops = forward(self.config, cast, tokens, self.num_slices)
+            lm_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            ((lm_loss + self.config.moe.balance_loss_coeff * balance_loss) / len(micro_batches)).backward()
+            lm_sum, balance_sum = lm_sum + lm_loss.item(), balance_sum + balance_loss.item()
+            num_dropped += drops
+        if o.expert_grad_scaling == "sqrt_world_size":
+            sharing = o.expert_grad_world_size or self.config.parallel.expert_parallel_size
+            for name, weight in self.weights.items():
+                if ".experts." in name:
+                    weight.grad *= math.sqrt(sharing)
+        grads = [w.grad for w in self.weights.values()]
+        grad_norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
+        if 0 < o.clip_grad < grad_norm:
+            for g in grads:
+                g *= o.clip_grad / (grad_norm + 1e-6)
+        self.num_steps += 1
+        lr = learning_rate(self.config, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        self.optimizer.step()
+        lm_mean, balance_mean = lm_sum / len(micro_batches), balance_sum / len(micro_batches)
+        total = lm_mean + self.config.moe.balance_loss_coeff * balance_mean
+        return StepResult(lm_mean, balance_mean, total, grad_norm, num_dropped, lr)
