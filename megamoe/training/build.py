@@ -16,7 +16,7 @@ from megamoe.moe.losses import LossScale
 from megamoe.moe.statistics import LoadStatistics
 from megamoe.topology.parameters import param_table
 from megamoe.training.engine import ScheduleEngine, create_engine
-from megamoe.training.groups import create_groups
+from megamoe.training.groups import create_groups, destroy_groups
 from megamoe.training.lr_schedule import learning_rate
 from megamoe.training.optimizer import build_optimizer
 from megamoe.training.step import Batch, Schedule, StepResult, train_step
@@ -46,6 +46,14 @@ class Trainer:
         self.step += 1
         self.samples += global_batch_size
         return result
+
+    def close(self) -> None:
+        """Let go of the engine and of the groups in both engines' module state; the process may build another trainer.
+
+        The hooks DeepSpeed hangs on parameters keep model, engine and the threads of every process group alive.
+        """
+        self.engine.destroy()
+        destroy_groups()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ def learning_rate(optimizer: OptimizerConfig, step: int, num_steps: int) -> floa
         return peak
     if optimizer.schedule == "wsd":
         end, length = num_steps, optimizer.wsd_decay_steps or max(1, num_steps // 10)
-        start = end - length
+        start = max(warmup, end - length)
     else:
         end, start = optimizer.decay_steps or num_steps, warmup
     if step <= start:
