@@ -196,6 +196,13 @@ def _derived_sizes(config: "Config") -> dict[str, int]:
     return {key: size for key, size in derived.items() if sections[key.split(".")[0]][key.split(".")[1]] is None}
 
 
+def _completed_steps(config: "Config") -> int:
+    """Steps that a resumed run has behind it, read before any rank is started."""
+    from megamoe.training.run_folder import completed_steps
+
+    return completed_steps(config.run.dir) if config.checkpoint.resume else 0
+
+
 def _train(options: argparse.Namespace) -> int:
     from megamoe.config.loading import load_config
     from megamoe.config.validation import validate_for_training
@@ -210,6 +217,11 @@ def _train(options: argparse.Namespace) -> int:
         if environment.rank == 0:
             raise
         return error.exit_code  # every rank finds the same: one says it
+    done = _completed_steps(config)
+    if done >= config.run.num_steps:
+        if environment.rank == 0:
+            print(f"{config.run.dir} is complete: step {done} of {config.run.num_steps}. Nothing to do.")
+        return 0
     payload = {"config": config.model_dump(mode="json")}
 
     if options.local_ranks:

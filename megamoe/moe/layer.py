@@ -1,6 +1,6 @@
 """The MoE layer as Megatron-core's transformer layer calls it and as DeepSpeed recognises it.
 
-    s sequence   b micro-batch   h hidden   S = s * b tokens (of this rank's slice)   E experts   k choices   t tensor ranks
+    s sequence   b micro-batch   h hidden   E experts   k choices   S = s * b tokens, of this rank's slice
 
 Tensor parallelism, without expert tensor parallelism: every tensor rank routes its own slice of the sequence, so no
 token is sent or computed twice; with sequence parallelism the slice is what arrives, otherwise it is cut here and

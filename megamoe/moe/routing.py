@@ -16,7 +16,7 @@ class Routing:
     expert_index: Tensor  # [S, k] int64, best choice first
     gate: Tensor  # [S, k] fp32 weight of each choice; 0 where dropped
     kept: Tensor  # [S, k] bool
-    by_expert: Tensor  # [T] int64: numbers of the T kept assignments, sorted by expert, earlier choices and tokens first
+    by_expert: Tensor  # [T] int64: the T kept assignments sorted by expert, earlier choices and tokens first
     tokens_per_expert: Tensor  # [E] int64: kept assignments of each expert; sums to T
 
 

@@ -1,10 +1,8 @@
 """From a configuration to a trainer: groups, model, engine, schedule, wired once."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megamoe.config.schema import Config
 from megamoe.model import cpu_bridge

@@ -67,7 +67,7 @@ def load_checkpoint(trainer: "Trainer", folder: Path) -> None:
     try:
         stored = load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, remove {folder} to go on without it") from None
+        raise CheckpointError(f"{path} is missing: {folder} is incomplete, remove it to go on without it") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): the checkpoint is damaged") from None
     current = _tensors(trainer, for_loading=True)
@@ -119,10 +119,12 @@ def _layout(config: Config) -> dict[str, Any]:
 
 def _check_layout(state: dict[str, Any], config: Config, folder: Path) -> None:
     here = _layout(config)
-    changed = [f"{key} {state['layout'].get(key)} there, {here[key]} here" for key in here if state["layout"].get(key) != here[key]]
+    there = state["layout"]
+    changed = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
     if changed:
         raise CheckpointError(
-            f"{folder} was written by another layout ({'; '.join(changed)}): resume with that layout, or choose another run.dir"
+            f"{folder} was written by another layout ({'; '.join(changed)}): resume with that layout, "
+            "or choose another run.dir"
         )
 
 
@@ -134,7 +136,7 @@ def _state(trainer: "Trainer") -> dict[str, Any]:
         "samples": trainer.samples,
         "skipped_steps": trainer.skipped_steps,
         "layout": _layout(trainer.config),
-        "loss_scaler": None if scaler is None else {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)},
+        "loss_scaler": scaler and {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)},
     }
 
 

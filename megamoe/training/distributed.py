@@ -1,7 +1,7 @@
 """Join the world: torch.distributed with a bounded wait, seeds, and the CPU bridge, in the order the engines need."""
 
-from datetime import timedelta
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist

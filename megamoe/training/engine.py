@@ -97,8 +97,9 @@ class ScheduleEngine(DeepSpeedEngine):
         except Exception as error:  # DeepSpeed raises a bare Exception when fp16 runs out of scale
             if "minimum" in str(error) and "scale" in str(error):
                 raise TrainingStopped(
-                    f"the fp16 loss scale fell to its minimum, optimizer.min_loss_scale {self.optimizer.loss_scaler.min_scale}, "
-                    "and gradients still overflow: lower optimizer.lr, or use run.precision=bf16"
+                    "the fp16 loss scale fell to its minimum, optimizer.min_loss_scale "
+                    f"{self.optimizer.loss_scaler.min_scale}, and gradients still overflow: lower optimizer.lr, "
+                    "or use run.precision=bf16"
                 ) from error
             raise
 

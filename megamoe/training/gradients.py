@@ -100,9 +100,9 @@ class GradientFinalizer:
         is_expert = parameter.kind == "expert"
         if local.tied_copy:
             return False
-        if is_whole_on_each_tensor_rank(parameter, self._parallel):
-            if (at.expert_tensor if is_expert else at.tensor) != 0:
-                return False
+        copy = at.expert_tensor if is_expert else at.tensor
+        if copy != 0 and is_whole_on_each_tensor_rank(parameter, self._parallel):
+            return False
         if self._parallel.zero_stage > 0:
             return True
         return (at.expert_data if is_expert else at.data) == 0

@@ -50,8 +50,8 @@ class SkipGuard(BaseHook):
         if self._consecutive >= self.max_consecutive:
             raise TrainingStopped(
                 f"the gradient was not finite in {self._consecutive} steps in a row, up to step {trainer.step} "
-                "(run.max_skipped_steps): lower optimizer.lr, set optimizer.clip_grad, or look at the data around sample "
-                f"{trainer.samples}"
+                "(run.max_skipped_steps): lower optimizer.lr, set optimizer.clip_grad, or look at the data around "
+                f"sample {trainer.samples}"
             )
 
 
@@ -121,6 +121,9 @@ class Validator(BaseHook):
     def __init__(self, dataset: SampleSource, interval_steps: int, num_batches: int, record: Record) -> None:
         self.dataset, self.interval_steps, self.num_batches, self.record = dataset, interval_steps, num_batches, record
         self._last_step = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._last_step = trainer.step
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if self.interval_steps and trainer.step % self.interval_steps == 0:

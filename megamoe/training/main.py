@@ -7,6 +7,9 @@ from typing import Any
 # Before the engines are imported: they warn about every optional CUDA package that a CPU run cannot have.
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
+# Megatron-core still calls collectives by names that torch is renaming, and advises on a CUDA variable without CUDA.
+warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
 
 import torch.distributed as dist  # noqa: E402
 
@@ -44,24 +47,25 @@ def run_rank(payload: dict[str, Any]) -> None:
     wants_sample = config.monitor.sample_prompt is not None and config.monitor.num_sample_tokens > 0
     tokenizer = build_tokenizer(config.data.tokenizer) if wants_sample else None
     device = initialize_distributed(environment, config.parallel.timeout_seconds)
+    resume_from = run_folder.latest_checkpoint(config.run.dir) if config.checkpoint.resume else None
+    dist.barrier()  # nobody looks for a checkpoint after the first rank has begun to write
+    is_first = environment.rank == 0
+    if is_first:
+        run_folder.prepare(config)
+    dist.barrier()
+    trainer = build_trainer(config, device)
+    if resume_from is not None:
+        load_checkpoint(trainer, resume_from)
+    monitor = Monitor(config, is_first=is_first, resume_step=trainer.step)
+    _say_start(trainer, monitor, splits, resumed=resume_from is not None)
     try:
-        resume_from = run_folder.latest_checkpoint(config.run.dir) if config.checkpoint.resume else None
-        dist.barrier()  # nobody looks for a checkpoint after the first rank has begun to write
-        is_first = environment.rank == 0
-        if is_first:
-            run_folder.prepare(config)
-        dist.barrier()
-        trainer = build_trainer(config, device)
-        if resume_from is not None:
-            load_checkpoint(trainer, resume_from)
-        monitor = Monitor(config, is_first=is_first, resume_step=trainer.step)
-        _say_start(trainer, monitor, splits, resumed=resume_from is not None)
-        try:
-            train(trainer, splits.train, _hooks(config, monitor, splits, tokenizer))
-        finally:
-            monitor.close()
+        train(trainer, splits.train, _hooks(config, monitor, splits, tokenizer))
     finally:
-        dist.destroy_process_group()
+        monitor.close()
+    # Only after success: a failing rank that took its connections down would make its peers fail before it is heard.
+    dist.barrier()
+    trainer.close()
+    dist.destroy_process_group()
 
 
 def _hooks(config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenizer | None) -> list[Hook]:
@@ -84,9 +88,9 @@ def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits, *, resumed: b
     if config.optimizer.implementation == "auto" and apex_state() == "unrelated":
         monitor.say("the package apex that is installed is not NVIDIA's: torch's AdamW is used")
     monitor.say(
-        f"{'resumed at' if resumed else 'training from'} step {trainer.step} of {config.run.num_steps} on {grid.world} ranks: "
-        f"tensor {grid.tensor} x data {grid.data} x pipeline {grid.pipeline}, experts over {grid.expert}, "
-        f"ZeRO-{config.parallel.zero_stage}, {config.run.precision}, process {os.getpid()}"
+        f"{'resumed at' if resumed else 'training from'} step {trainer.step} of {config.run.num_steps} on "
+        f"{grid.world} ranks: tensor {grid.tensor} x data {grid.data} x pipeline {grid.pipeline}, "
+        f"experts over {grid.expert}, ZeRO-{config.parallel.zero_stage}, {config.run.precision}, process {os.getpid()}"
     )
     epoch = splits.train.num_samples
     monitor.say(f"{epoch} training sequences of {config.model.seq_length} tokens an epoch; run folder {config.run.dir}")

@@ -41,7 +41,8 @@ def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     if step_of(name) is None or not (folder / name).is_dir():
         raise CheckpointError(
             f'{folder / LATEST} names "{name}", which is no checkpoint beside it: write the name of one of '
-            f"{sorted(p.name for p in folder.iterdir() if step_of(p.name) is not None)} into it, or remove it to start anew"
+            f"{sorted(p.name for p in folder.iterdir() if step_of(p.name) is not None)} into it, or remove it "
+            "to start anew"
         )
     return folder / name
 

@@ -1,4 +1,4 @@
-"""One rank's side of the parity tests: train a list of layouts one after another and hand back all that can be compared."""
+"""One rank's side of the parity tests: train layouts one after another, hand back all that can be compared."""
 
 import gc
 from dataclasses import dataclass, replace
