@@ -20,10 +20,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megamoe.launch import server as server_module
 from megamoe.launch.environment import LOCAL_INIT_METHOD
+from megamoe.launch.failure import Failure, status_text, stopped_by
 from megamoe.launch.server import STACKS_SIGNAL, end_path, output_path, stacks_path
 
 SEARCH_PATH = "MEGAMOE_SEARCH_PATH"  # carries sys.path to the server, which imports what this process would
@@ -38,30 +39,6 @@ MAX_OUTPUT_BYTES, KEPT_OUTPUT_BYTES = 1 << 20, 1 << 14  # of a captured rank: on
 # A rank that dies without a word is noticed after its peers' broken connections, which it caused; and an error meant
 # for the user may come up after the rank has closed its connections. Both are causes, never consequences.
 CAUSE_LEAD_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a set of ranks did not end well: the first rank that failed, and how."""
-
-    kind: Literal["user", "exception", "exit", "killed", "timeout", "stopped", "import", "server"]
-    rank: int | None  # None where no single rank is to blame
-    message: str
-    exit_code: int
-    traceback: str = ""
-    output: str = ""  # the last output of a captured rank
-
-    @property
-    def report(self) -> str:
-        """What the user reads: one sentence for what is theirs to mend, all we know for everything else."""
-        if self.kind == "user":
-            return f"megamoe: error: {self.message}"
-        parts = [self.message]
-        if self.traceback:
-            parts.append(self.traceback.rstrip())
-        if self.output.strip():
-            parts.append(f"Last output of rank {self.rank}:\n{self.output.rstrip()}")
-        return "\n".join(parts)
 
 
 @dataclass(frozen=True)
@@ -176,7 +153,7 @@ class RankServer:
             self.send("import", modules=list(modules))
             while (event := self.receive(POLL_SECONDS)) is None:
                 if signals:
-                    return _stopped(signals[0]), 0.0
+                    return stopped_by(signals[0]), 0.0
         except ServerDied:
             return self.death(), 0.0
         if event["event"] == "imported":
@@ -188,7 +165,7 @@ class RankServer:
 
     def death(self) -> Failure:
         status = self.process.wait()
-        return Failure("server", None, f"The process that holds the ranks died ({_status_text(status)}).", 1)
+        return Failure("server", None, f"The process that holds the ranks died ({status_text(status)}).", 1)
 
     def run(
         self,
@@ -331,7 +308,7 @@ class _Launch:
         if not failed:
             return None
         if self.forwarded is not None and any(self._ended_by_user(end) for end in failed.values()):
-            return _stopped(self.forwarded)
+            return stopped_by(self.forwarded)
         # Ends that we brought about ourselves are no causes; some end was there before.
         causes = {rank: end for rank, end in failed.items() if not self._ended_by_us(end)} or failed
         rank = min(causes, key=lambda rank: self._began(causes[rank]))
@@ -357,21 +334,12 @@ class _Launch:
             return Failure("exception", rank, message, end["exit_code"], end["traceback"], output)
         if end["kind"] == "killed":
             hint = " (out of memory?)" if end["status"] == -signal.SIGKILL else ""
-            message = f"Rank {rank} was killed by {_status_text(end['status'])}{hint}."
+            message = f"Rank {rank} was killed by {status_text(end['status'])}{hint}."
             return Failure("killed", rank, message, end["exit_code"], "", output)
         early = " before it was done" if end["exit_code"] == 0 else ""
         said = f": {end['message']}" if end["message"] and not end["message"].isdecimal() else ""
         message = f"Rank {rank} ended with exit code {end['exit_code']}{early}{said}."
         return Failure("exit", rank, message, end["exit_code"] or 1, "", output)
-
-
-def _stopped(number: int) -> Failure:
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    return Failure("stopped", None, f"Stopped by {name}.", 128 + number)
-
-
-def _status_text(status: int) -> str:
-    return f"signal {-status}, {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
 
 
 def _own_frames(stacks: str) -> str:
