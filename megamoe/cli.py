@@ -213,11 +213,11 @@ def _train(options: argparse.Namespace) -> int:
     try:
         config = load_config(options.source, options.overrides)
         validate_for_training(config, num_ranks)
+        done = _completed_steps(config)
     except MegamoeError as error:
         if environment.rank == 0:
             raise
         return error.exit_code  # every rank finds the same: one says it
-    done = _completed_steps(config)
     if done >= config.run.num_steps:
         if environment.rank == 0:
             print(f"{config.run.dir} is complete: step {done} of {config.run.num_steps}. Nothing to do.")

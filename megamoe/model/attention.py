@@ -3,9 +3,11 @@
     s sequence   b micro-batch   n query heads   g key/value heads   d head dimension (heads: of this tensor rank)
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 
@@ -15,18 +17,30 @@ class CausalAttention(nn.Module):
     def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
+        self.sequence_parallel = config.sequence_parallel
         self.scale = softmax_scale  # None: d ** -0.5
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]."""
         length, batch, num_heads, head_dim = query.shape
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            scale=self.scale,
-            enable_gqa=key.shape[2] != num_heads,
-        )
+        dropout = self.dropout if self.training else 0.0
+        with self._random_state(dropout):
+            out = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=key.shape[2] != num_heads,
+            )
         return out.permute(2, 0, 1, 3).reshape(length, batch, num_heads * head_dim)
+
+    def _random_state(self, dropout: float) -> AbstractContextManager[None]:
+        """Tensor ranks hold different heads and must drop differently: the state of tensor-parallel regions.
+
+        Under sequence parallelism Megatron's block runs in that state already.
+        """
+        if dropout == 0.0 or self.sequence_parallel:
+            return nullcontext()
+        return get_cuda_rng_tracker().fork()

@@ -79,7 +79,10 @@ def local_parameters(
     for chunk in chunks:
         first_layer = chunk.decoder.layers[0].layer_number - 1
         for module_name, tensor in chunk.named_parameters():
-            name = global_name(module_name, first_layer)
+            try:
+                name = global_name(module_name, first_layer)
+            except KeyError:
+                raise MegamoeError(f"the model has a parameter {module_name} that the parameter table lacks") from None
             tied_copy = name == "output.weight" and name not in by_name
             parameter = by_name.get("embedding.weight" if tied_copy else name)
             if parameter is None:

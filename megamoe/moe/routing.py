@@ -79,5 +79,7 @@ def route(
             tokens_per_expert = demand.clamp(max=capacity)
     gate = probabilities.gather(1, expert_index) * kept
     if normalize:
-        gate = gate / gate.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(gate.dtype).tiny)
+        total = gate.sum(dim=-1, keepdim=True)
+        # Zero over tiny is zero, but its gradient over tiny is infinite, and infinity times zero is not a number.
+        gate = gate / total.masked_fill(total < torch.finfo(gate.dtype).tiny, 1.0)
     return Routing(expert_index, gate, kept, by_expert, tokens_per_expert)

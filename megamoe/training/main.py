@@ -85,7 +85,8 @@ def _hooks(config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenize
 
 def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits, *, resumed: bool) -> None:
     config, grid = trainer.config, trainer.groups.grid
-    if config.optimizer.implementation == "auto" and apex_state() == "unrelated":
+    optimizer = config.optimizer
+    if (optimizer.name, optimizer.implementation) == ("adamw", "auto") and apex_state() == "unrelated":
         monitor.say("the package apex that is installed is not NVIDIA's: torch's AdamW is used")
     monitor.say(
         f"{'resumed at' if resumed else 'training from'} step {trainer.step} of {config.run.num_steps} on "

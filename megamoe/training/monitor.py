@@ -1,20 +1,13 @@
 """Where a run's metrics go: terminal, log file, metrics.jsonl, Weights & Biases. Rank 0 only."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megamoe.config.schema import Config
 from megamoe.training.metrics import MetricsWriter, ProgressBar, format_line
-
-
-class Sink(Protocol):
-    """Something that keeps metrics."""
-
-    def write(self, metrics: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class WandbSink:
@@ -44,25 +37,26 @@ class Monitor:
 
     def __init__(self, config: Config, *, is_first: bool, resume_step: int) -> None:
         self.is_first, self._num_steps = is_first, config.run.num_steps
-        self._sinks: list[Sink] = []
         self._log = None
+        self._tracker: WandbSink | None = None
         if not is_first:
             return
-        self._bar = ProgressBar(
-            config.run.num_steps, first_step=resume_step, enabled=config.monitor.progress_bar
-        )
+        self._bar = ProgressBar(config.run.num_steps, first_step=resume_step, enabled=config.monitor.progress_bar)
         self._log = open(Path(config.run.dir) / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 (open during the run)
-        self._sinks.append(MetricsWriter(config.run.dir, resume_step=resume_step))
+        self._metrics = MetricsWriter(config.run.dir, resume_step=resume_step)
         if config.monitor.wandb_mode != "disabled":
-            self._add_wandb(config)
+            with self._tracking("not used"):
+                self._tracker = WandbSink(config)
 
-    def _add_wandb(self, config: Config) -> None:
+    @contextmanager
+    def _tracking(self, state: str) -> Iterator[None]:
         """A run must not fail because a tracking service does: it goes on with metrics.jsonl."""
         try:
-            self._sinks.append(WandbSink(config))
+            yield
         except Exception as error:  # wandb raises many kinds, network errors of other libraries among them
-            logging.getLogger(__name__).debug("wandb.init failed", exc_info=True)
-            self.say(f"Weights & Biases is not used: {error}. Metrics go to metrics.jsonl")
+            logging.getLogger(__name__).debug("wandb failed", exc_info=True)
+            self._tracker = None
+            self.say(f"Weights & Biases is {state}: {error}. Metrics go to metrics.jsonl")
 
     def say(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
@@ -75,16 +69,21 @@ class Monitor:
         """Print and keep a set of metrics; `step` among them."""
         if self.is_first:
             self.say(format_line(metrics, num_steps=self._num_steps))
-            for sink in self._sinks:
-                sink.write(metrics)
+            self._metrics.write(metrics)
+            if self._tracker is not None:
+                with self._tracking("no longer used"):
+                    self._tracker.write(metrics)
 
     def show_step(self, step: int) -> None:
         if self.is_first:
             self._bar.update(step)
 
     def close(self) -> None:
-        if self._log is not None:
-            self._bar.close()
-            self._log.close()
-        for sink in self._sinks:
-            sink.close()
+        if self._log is None:
+            return
+        if self._tracker is not None:
+            with self._tracking("not complete"):
+                self._tracker.close()
+        self._bar.close()
+        self._metrics.close()
+        self._log.close()

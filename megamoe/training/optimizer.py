@@ -52,7 +52,7 @@ def nvidia_apex_adam() -> type[torch.optim.Optimizer] | None:
         return None
     try:
         from apex.optimizers import FusedAdam
-    except ImportError:
+    except Exception:  # the other apex is old: its import can fail in any way, or end in a missing module
         return None
     return FusedAdam
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megamoe.config.loading import dump_yaml
 from megamoe.config.schema import Config
-from megamoe.errors import CheckpointError
+from megamoe.errors import CheckpointError, ConfigError
 
 LATEST = "latest"
 _PREFIX = "step_"
@@ -35,8 +35,8 @@ def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint of a run, or None. Raises CheckpointError if `latest` names none."""
     folder = checkpoints_path(run_dir)
     try:
-        name = (folder / LATEST).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+        name = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if step_of(name) is None or not (folder / name).is_dir():
         raise CheckpointError(
@@ -64,7 +64,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def prepare(config: Config) -> None:
-    """Make the run's folder and write the resolved configuration into it."""
+    """Make the run's folder and write the resolved configuration into it. Raises ConfigError where that cannot be."""
     folder = Path(config.run.dir)
-    checkpoints_path(folder).mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", dump_yaml(config))
+    try:
+        checkpoints_path(folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", dump_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir {folder} cannot be written ({error.strerror}): choose a folder that can be made or written to"
+        ) from None

@@ -21,8 +21,9 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MEGAM
 
 
 @pytest.fixture(autouse=True)
-def _no_rank(monkeypatch):
-    """As started by hand, whatever runs these tests."""
+def _no_rank(monkeypatch, tmp_path):
+    """As started by hand, whatever runs these tests, and where no run has left a folder."""
+    monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name in RANK_VARIABLES or name.startswith("SLURM_"):
             monkeypatch.delenv(name)
@@ -170,7 +171,6 @@ def fake_training(monkeypatch, run_rank) -> None:
     """The training stack, which takes seconds to import, is not what is tested here."""
     module = types.ModuleType("megamoe.training.main")
     module.run_rank = run_rank
-    monkeypatch.setitem(sys.modules, "megamoe.training", types.ModuleType("megamoe.training"))
     monkeypatch.setitem(sys.modules, "megamoe.training.main", module)
 
 
@@ -220,6 +220,52 @@ def test_train_starts_local_ranks(monkeypatch):
     assert cli.main([*TRAIN[:2], "--local-ranks", "2", *TRAIN[2:]]) == 7
     options = {"num_ranks": 2, "preload": ("megamoe.training.main",), "timeout_seconds": None}
     assert calls == [("megamoe.training.main:run_rank", 60, options)]
+
+
+def checkpoint_of(run_dir: Path, step: int) -> None:
+    folder = run_dir / "checkpoints"
+    (folder / f"step_{step:08d}").mkdir(parents=True)
+    (folder / "latest").write_text(f"step_{step:08d}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("step", [60, 70])
+def test_a_complete_run_ends_at_once_and_says_so(capsys, monkeypatch, tmp_path, step):
+    fake_training(monkeypatch, lambda payload: pytest.fail("a rank was started"))
+    checkpoint_of(tmp_path / "run", step)
+    assert cli.main([*TRAIN, "run.dir=run"]) == 0
+    assert capsys.readouterr() == (f"run is complete: step {step} of 60. Nothing to do.\n", "")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEGAMOE_INIT_METHOD", f"file://{tmp_path}/meeting")
+    assert cli.main([*TRAIN, "run.dir=run"]) == 0
+    assert capsys.readouterr() == ("", ""), "one rank says it"
+
+
+@pytest.mark.parametrize(
+    ("step", "override"), [(59, "run.seed=1"), (60, "checkpoint.resume=false"), (60, "run.num_steps=61")]
+)
+def test_a_run_with_steps_to_go_is_trained(capsys, monkeypatch, tmp_path, step, override):
+    payloads = []
+    fake_training(monkeypatch, payloads.append)
+    checkpoint_of(tmp_path / "run", step)
+    assert cli.main([*TRAIN, "run.dir=run", override]) == 0
+    assert len(payloads) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_latest_that_names_no_checkpoint_is_told_once(capsys, monkeypatch, tmp_path):
+    fake_training(monkeypatch, lambda payload: pytest.fail("a rank was started"))
+    checkpoint_of(tmp_path / "run", 10)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000020")
+    message = (
+        'run/checkpoints/latest names "step_00000020", which is no checkpoint beside it: write the name of one of '
+        "['step_00000010'] into it, or remove it to start anew"
+    )
+    assert failure(capsys, *TRAIN, "run.dir=run") == (2, f"megamoe: error: {message}\n")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEGAMOE_INIT_METHOD", f"file://{tmp_path}/meeting")
+    assert failure(capsys, *TRAIN, "run.dir=run") == (2, "")
 
 
 # ---------------------------------------------------------------- as a process
