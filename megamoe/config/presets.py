@@ -45,6 +45,7 @@ class _PaperRun:
     weight_decay: float = 0.01
     num_experts: int = 0
     zero_stage: int = 1
+    eval_fraction: float | None = None  # capacity in the published evaluations, as a share of the tokens
 
 
 # The run of dense-125m had no fixed number of GPUs; 32 is that of the run that was evaluated, at another learning rate.
@@ -55,10 +56,12 @@ _PAPER_RUNS = (
     _PaperRun("dense-2.7b", 32, 2560, 32, 1, 128, 4, 1.6e-4, 357),
     _PaperRun("dense-6.7b", 32, 4096, 32, 2, 128, 8, 1.2e-4, 187),
     _PaperRun("dense-13b", 40, 5120, 40, 2, 256, 4, 1e-4, 187),
-    _PaperRun("moe-15b", 12, 768, 12, 0.5, 64, 4, 6e-4, 750, num_experts=512),
-    _PaperRun("moe-52b", 24, 1024, 16, 0.5, 128, 2, 3e-4, 715, dropout=0.0, num_experts=512),
-    _PaperRun("moe-207b", 24, 2048, 32, 1, 256, 2, 1.6e-4, 2000, weight_decay=0.0, num_experts=512),
-    _PaperRun("moe-1.1t", 32, 4096, 32, 2, 256, 4, 1.2e-4, 187, num_experts=512, zero_stage=2),
+    _PaperRun("moe-15b", 12, 768, 12, 0.5, 64, 4, 6e-4, 750, num_experts=512, eval_fraction=0.25),
+    _PaperRun("moe-52b", 24, 1024, 16, 0.5, 128, 2, 3e-4, 715, dropout=0.0, num_experts=512, eval_fraction=0.05),
+    _PaperRun(
+        "moe-207b", 24, 2048, 32, 1, 256, 2, 1.6e-4, 2000, weight_decay=0.0, num_experts=512, eval_fraction=0.05
+    ),
+    _PaperRun("moe-1.1t", 32, 4096, 32, 2, 256, 4, 1.2e-4, 187, num_experts=512, zero_stage=2, eval_fraction=0.046875),
 )
 
 
@@ -102,7 +105,13 @@ def _paper_preset(run: _PaperRun) -> Preset:
     if run.num_experts:
         summary = f"the paper's mixture of experts, run on {run.num_gpus} GPUs"
         # capacity 2 * ceil(S / E): no slack, so the tokens of a rank's micro-batch are a hyper-parameter
-        tree["moe"] = {"num_experts": run.num_experts, "top_k": 2, "layer_pattern": 2, "capacity_factor": 1.0}
+        tree["moe"] = {
+            "num_experts": run.num_experts,
+            "top_k": 2,
+            "layer_pattern": 2,
+            "capacity_factor": 1.0,
+            "eval_capacity_fraction": run.eval_fraction,
+        }
         # tokens were exchanged among all GPUs of the run, min(GPUs, experts) of them
         tree["parallel"]["expert_parallel_size"] = min(run.num_gpus, run.num_experts)
         tree["optimizer"] |= {"expert_grad_scaling": "sqrt_world_size", "expert_grad_world_size": run.num_gpus}

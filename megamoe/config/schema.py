@@ -65,6 +65,8 @@ class MoEConfig(Section):
     capacity_factor: Annotated[float, Field(gt=0.0)] = 1.0
     # capacity of one expert for one rank's micro-batch of S tokens: top_k * ceil(S / num_experts * capacity_factor)
     eval_capacity_factor: Annotated[float, Field(gt=0.0)] | None = None  # None: as in training
+    eval_capacity_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    # capacity in evaluation as a share of the tokens: ceil(fraction * S), as the paper's runs were evaluated
     normalize_gates: bool = True  # chosen gates are divided by their sum (after dropping, where tokens drop)
     balance_loss: Literal["first_choice", "all_choices"] = "first_choice"
     balance_loss_coeff: NonNegative = 0.01  # of the balance loss summed over MoE layers
@@ -173,6 +175,7 @@ class RunConfig(Section):
     global_batch_size: PositiveInt = 8  # sequences per optimizer step, over all ranks
     batch_size_ramp: BatchSizeRamp | None = None
     seed: CountOrZero = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where this machine has one for each of its ranks
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     eval_interval_steps: CountOrZero = 0  # 0: only at the end
     num_eval_batches: CountOrZero = 8  # global batches per validation; 0: none

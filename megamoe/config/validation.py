@@ -97,6 +97,13 @@ def _check_experts(config: Config) -> None:
         return
     if moe.top_k > moe.num_experts:
         raise ConfigError(f"top_k {moe.top_k} is more than num_experts {moe.num_experts}: use 1 to {moe.num_experts}")
+    if moe.top_k == 1 and moe.normalize_gates:
+        raise ConfigError(
+            "top_k 1 with normalize_gates true makes every gate 1, so that the router never learns from the language "
+            "loss: use normalize_gates false"
+        )
+    if moe.eval_capacity_factor is not None and moe.eval_capacity_fraction is not None:
+        raise ConfigError("eval_capacity_factor and eval_capacity_fraction are both set: use one of them")
     if isinstance(moe.layer_pattern, int):
         if moe.layer_pattern > num_layers:
             raise ConfigError(

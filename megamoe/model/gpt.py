@@ -23,7 +23,7 @@ from megamoe.model.embedding import TokenEmbedding
 from megamoe.model.norms import FullNorm, HeadNorm, Norm
 from megamoe.model.parallel import ParallelGroups
 from megamoe.model.transformer_config import ACTIVATIONS, PRECISION_DTYPE, transformer_config
-from megamoe.moe.layer import ExpertParallel, MoEContext, MoELayer
+from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELayer
 from megamoe.moe.losses import LossScale
 from megamoe.moe.statistics import LoadStatistics
 from megamoe.topology.parameters import dimensions, moe_layers, padded_vocab_size
@@ -71,7 +71,12 @@ class GPT(GPTModel):
 
 
 def build_model_chunks(
-    config: Config, groups: ParallelGroups, *, loss_scale: LossScale, statistics: LoadStatistics
+    config: Config,
+    groups: ParallelGroups,
+    *,
+    loss_scale: LossScale,
+    statistics: LoadStatistics,
+    evaluation: EvaluationMode,
 ) -> list[GPT]:
     """The chunks of this rank's pipeline stage, in order: one, or virtual_pipeline_parallel_size of them.
 
@@ -79,7 +84,7 @@ def build_model_chunks(
     """
     core_config = transformer_config(config)
     collection = _process_group_collection(groups)
-    context = _moe_context(config, groups, loss_scale, statistics)
+    context = _moe_context(config, groups, loss_scale, statistics, evaluation)
     grid, pipeline_rank = groups.grid, groups.coordinates.pipeline
     virtual = config.parallel.virtual_pipeline_parallel_size
     chunks = []
@@ -162,7 +167,11 @@ def _moe_spec(context: MoEContext, layer: int) -> ModuleSpec:
 
 
 def _moe_context(
-    config: Config, groups: ParallelGroups, loss_scale: LossScale, statistics: LoadStatistics
+    config: Config,
+    groups: ParallelGroups,
+    loss_scale: LossScale,
+    statistics: LoadStatistics,
+    evaluation: EvaluationMode,
 ) -> MoEContext:
     grid, sizes = groups.grid, dimensions(config.model, config.moe)
     return MoEContext(
@@ -185,6 +194,7 @@ def _moe_context(
         ),
         loss_scale=loss_scale,
         statistics=statistics,
+        evaluation=evaluation,
     )
 
 

@@ -87,7 +87,9 @@ def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None) -> tu
     receive_counts = [sum(counts) for counts in received]
     arrivals = all_to_all(rows, send_counts, receive_counts, group)
     num_local = len(received[0])
-    expert_of_arrival = torch.arange(num_local, device=x.device).repeat(num_ranks).repeat_interleave(arriving)
+    expert_of_arrival = torch.arange(num_local, device=x.device).repeat(num_ranks).repeat_interleave(
+        arriving, output_size=sum(receive_counts)
+    )
     order = expert_of_arrival.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=x.device)

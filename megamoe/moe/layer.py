@@ -8,6 +8,7 @@ gathered again. With expert tensor parallelism the experts' matrices are cut lik
 route the same tokens and sum their partial results.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,16 @@ class ExpertParallel:
     sequence_parallel: bool
 
 
+@dataclass
+class EvaluationMode:
+    """How MoE layers behave outside training; one instance is shared by the layers of a rank.
+
+    With `drop_tokens` off experts take all tokens: what a text is continued with must not depend on its padding.
+    """
+
+    drop_tokens: bool = True
+
+
 @dataclass(frozen=True)
 class MoEContext:
     """What the MoE layers of one rank share: settings, groups, loss scale, statistics."""
@@ -54,6 +65,7 @@ class MoEContext:
     parallel: ExpertParallel
     loss_scale: LossScale
     statistics: LoadStatistics
+    evaluation: EvaluationMode
 
 
 def expert_group_name(expert_parallel_size: int) -> str:
@@ -146,8 +158,12 @@ class MoELayer(DeepSpeedMoE):
         if config.dropless:
             return None
         factor = config.capacity_factor
-        if not self.training and config.eval_capacity_factor is not None:
-            factor = config.eval_capacity_factor
+        if not self.training:
+            if not self.context.evaluation.drop_tokens:
+                return None
+            if config.eval_capacity_fraction is not None:
+                return math.ceil(config.eval_capacity_fraction * num_tokens)
+            factor = config.eval_capacity_factor or factor
         return expert_capacity(num_tokens, config.num_experts, config.top_k, factor)
 
     def _enter(self, hidden: Tensor) -> Tensor:

@@ -5,13 +5,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megamoe.moe.routing import count_experts
+
 BalanceKind = Literal["first_choice", "all_choices"]
 
 
 def choice_share(expert_index: Tensor, num_experts: int, kind: BalanceKind) -> Tensor:
     """Share [E] of the tokens' choices [S, k] that fell on each expert, before dropping: first choices, or all."""
     counted = expert_index[:, :1] if kind == "first_choice" else expert_index
-    return torch.bincount(counted.reshape(-1), minlength=num_experts) / max(1, counted.numel())
+    return count_experts(counted, num_experts) / max(1, counted.numel())
 
 
 def balance_loss(

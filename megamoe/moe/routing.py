@@ -20,6 +20,15 @@ class Routing:
     tokens_per_expert: Tensor  # [E] int64: kept assignments of each expert; sums to T
 
 
+def count_experts(expert_index: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs in an index tensor of any shape: [E] int64.
+
+    Not torch.bincount: on a GPU that waits for the device to learn the largest index.
+    """
+    flat = expert_index.reshape(-1)
+    return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+
+
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
     """Tokens one expert takes from one rank's micro-batch: top_k * ceil(capacity_factor * S / E).
 
@@ -63,7 +72,7 @@ def route(
         expert_index = top_k_choices(probabilities.detach(), top_k)
         flat_expert = expert_index.t().reshape(-1)  # [k * S], choice-major: the order in which experts fill up
         by_expert = flat_expert.argsort(stable=True)
-        demand = torch.bincount(flat_expert, minlength=num_experts)
+        demand = count_experts(flat_expert, num_experts)
         if capacity is None:
             kept = torch.ones_like(expert_index, dtype=torch.bool)
             tokens_per_expert = demand

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamoe.moe.routing import Routing
+from megamoe.moe.routing import Routing, count_experts
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LoadStatistics:
     @torch.no_grad()
     def record(self, layer: int, routing: Routing, loss: Tensor) -> None:
         """Add one micro-batch of 0-based `layer`."""
-        demand = torch.bincount(routing.expert_index.reshape(-1), minlength=self.num_experts).double()
+        demand = count_experts(routing.expert_index, self.num_experts).double()
         dropped = routing.kept.numel() - routing.kept.sum(dtype=torch.float64)
         before = self._loads.get(layer)
         if before is not None:

@@ -10,6 +10,7 @@ from megamoe.model.gpt import GPT, build_model_chunks
 from megamoe.model.naming import LocalParameter, fill_initial, local_parameters
 from megamoe.model.parallel import ParallelGroups
 from megamoe.model.random import seed_generators
+from megamoe.moe.layer import EvaluationMode
 from megamoe.moe.losses import LossScale
 from megamoe.moe.statistics import LoadStatistics
 from megamoe.topology.parameters import param_table
@@ -33,6 +34,7 @@ class Trainer:
     schedule: Schedule
     aux_loss_scale: LossScale
     statistics: LoadStatistics
+    evaluation: EvaluationMode
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
@@ -77,11 +79,14 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     groups = create_groups(config.parallel)
     seed_generators(config.run.seed, groups)
     aux_loss_scale, statistics = LossScale(), LoadStatistics(config.moe.num_experts)
-    chunks = build_model_chunks(config, groups, loss_scale=aux_loss_scale, statistics=statistics)
+    evaluation = EvaluationMode()
+    chunks = build_model_chunks(
+        config, groups, loss_scale=aux_loss_scale, statistics=statistics, evaluation=evaluation
+    )
     for chunk in chunks:
         chunk.to(device)
     parameters = local_parameters(chunks, param_table(config.model, config.moe), groups)
     fill_initial(parameters, config.run.seed)
     engine = create_engine(chunks, parameters, build_optimizer(parameters, config), config, groups)
     schedule = Schedule(chunks, groups, config.model.seq_length, config.run.micro_batch_size, device)
-    return Trainer(config, groups, chunks, parameters, engine, schedule, aux_loss_scale, statistics)
+    return Trainer(config, groups, chunks, parameters, engine, schedule, aux_loss_scale, statistics, evaluation)

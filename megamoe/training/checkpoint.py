@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = "megamoe-rank-files-1"
 STATE_FILE = "state.json"
+_STATE_KEYS = ("layout", "step", "samples", "skipped_steps", "loss_scaler", "group_steps")
 _PARAMETER, _TIED, _OPTIMIZER, _RANDOM = "parameter/", "tied_copy/", "optimizer/", "random/"
 
 
@@ -51,7 +52,7 @@ def save_checkpoint(trainer: "Trainer", run_dir: str | os.PathLike[str]) -> Path
         os.replace(partial, final)
         _sync_folder(root)
         write_atomically(root / LATEST, final.name + "\n")
-        _remove_old(root, trainer.config.checkpoint.keep_last)
+        _remove_old(root, trainer.config.checkpoint.keep_last, trainer.step)
     dist.barrier()
     return final
 
@@ -70,7 +71,7 @@ def load_checkpoint(trainer: "Trainer", folder: Path) -> None:
         raise CheckpointError(f"{path} is missing: {folder} is incomplete, remove it to go on without it") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): the checkpoint is damaged") from None
-    current = _tensors(trainer, for_loading=True)
+    current = _tensors(trainer)
     strangers = sorted(current.keys() ^ stored.keys())
     if strangers:
         raise CheckpointError(f"{path} does not match the model: {strangers[0]} is only in one of them")
@@ -87,6 +88,9 @@ def load_checkpoint(trainer: "Trainer", folder: Path) -> None:
     trainer.step, trainer.samples, trainer.skipped_steps = state["step"], state["samples"], state["skipped_steps"]
     if state["loss_scaler"] is not None:
         vars(trainer.engine.optimizer.loss_scaler).update(state["loss_scaler"])
+    for group, num_steps in zip(trainer.engine.basic_optimizer.param_groups, state["group_steps"], strict=True):
+        if num_steps is not None:
+            group["step"] = num_steps
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -100,6 +104,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f'{path} is not of format "{FORMAT}"')
+    for key in _STATE_KEYS:
+        if key not in state:
+            raise CheckpointError(f'{path} is damaged: it has no "{key}"')
     return state
 
 
@@ -136,23 +143,28 @@ def _state(trainer: "Trainer") -> dict[str, Any]:
         "samples": trainer.samples,
         "skipped_steps": trainer.skipped_steps,
         "layout": _layout(trainer.config),
+        # NVIDIA apex counts steps by group, torch by parameter among its state tensors.
+        "group_steps": [group.get("step") for group in trainer.engine.basic_optimizer.param_groups],
         "loss_scaler": scaler and {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)},
     }
 
 
-def _tensors(trainer: "Trainer", *, for_loading: bool = False) -> dict[str, Tensor]:
-    """Everything a rank's file holds, by name. Loading needs optimizer states to exist before they are filled."""
+def _tensors(trainer: "Trainer") -> dict[str, Tensor]:
+    """Everything a rank's file holds, by name."""
     tensors = {}
     for local in trainer.parameters:
         prefix = _TIED if local.tied_copy else _PARAMETER
         tensors[prefix + local.parameter.name] = local.view
-    tensors |= {_OPTIMIZER + name: t for name, t in _optimizer_tensors(trainer, create=for_loading).items()}
+    tensors |= {_OPTIMIZER + name: t for name, t in optimizer_tensors(trainer).items()}
     tensors |= {_RANDOM + name: t for name, t in random_state().items()}
     return tensors
 
 
-def _optimizer_tensors(trainer: "Trainer", *, create: bool) -> dict[str, Tensor]:
-    """fp32 master partitions (ZeRO 1, 2) and every tensor of the optimizer's state, by group and position."""
+def optimizer_tensors(trainer: "Trainer") -> dict[str, Tensor]:
+    """fp32 master partitions (ZeRO 1, 2) and every tensor of the optimizer's state, by group and position.
+
+    State that the first step would make is made here: a run saved or loaded before that step has the same names.
+    """
     engine = trainer.engine
     basic = engine.basic_optimizer
     tensors = {}
@@ -160,8 +172,7 @@ def _optimizer_tensors(trainer: "Trainer", *, create: bool) -> dict[str, Tensor]
         for position, parameter in enumerate(group["params"]):
             if engine.zero_stage > 0:
                 tensors[f"{index}.{position}.master"] = parameter.detach()
-            if create:
-                _create_state(basic, group, parameter)
+            _create_state(basic, group, parameter)
             for name, value in basic.state[parameter].items():
                 if torch.is_tensor(value):
                     tensors[f"{index}.{position}.{name}"] = value
@@ -177,7 +188,8 @@ def _create_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], param
         if group["momentum"] > 0.0:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return
-    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")
+    if isinstance(optimizer, torch.optim.AdamW):
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")
     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
 
@@ -195,9 +207,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_old(root: Path, keep_last: int) -> None:
-    complete = sorted((p for p in root.iterdir() if step_of(p.name) is not None), key=lambda p: step_of(p.name) or 0)
-    for old in complete[:-keep_last]:
-        shutil.rmtree(old)
+def _remove_old(root: Path, keep_last: int, newest_step: int) -> None:
+    """Keep the last checkpoints up to the one in force. Later ones are of a run that was taken back: not counted."""
+    steps = sorted(step for p in root.iterdir() if (step := step_of(p.name)) is not None and step <= newest_step)
+    for old in steps[:-keep_last]:
+        shutil.rmtree(root / checkpoint_name(old))
     for half_written in root.glob(".*.partial"):
         shutil.rmtree(half_written, ignore_errors=True)

@@ -17,8 +17,11 @@ def initialize_distributed(environment: RankEnvironment, timeout_seconds: float)
     """
     os.environ.update(environment.as_variables())  # DeepSpeed reads its local rank there
     cpu_bridge.apply_before_import()
+    # Megatron overlaps tensor-parallel communication with compute only if kernels start in the order of their launch.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
-        device = torch.device("cuda", environment.local_rank)
+        # A launcher may show each rank its own GPU only (srun --gpus-per-task 1): it is number 0 then.
+        device = torch.device("cuda", environment.local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

@@ -183,6 +183,8 @@ def deepspeed_config(config: Config, data_parallel_size: int, num_local_elements
         }
     if precision != "fp32":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Otherwise DeepSpeed rounds the fp32 sums to 16 bits and adds up the ranks' gradients in them.
+        settings["communication_data_type"] = "fp32"
     return settings
 
 

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from megamoe.data.batches import SampleSource
 from megamoe.errors import TrainingStopped
-from megamoe.training.batch_size import global_batch_size
 from megamoe.training.build import Trainer
 from megamoe.training.checkpoint import save_checkpoint
 from megamoe.training.loop import local_batch
@@ -61,17 +60,21 @@ class Reporter(BaseHook):
     def __init__(self, interval_steps: int, record: Record, show_step: Callable[[int], None]) -> None:
         self.interval_steps, self.record, self.show_step = interval_steps, record, show_step
         self._losses = LossMeter()
-        self._seconds, self._samples, self._steps = 0.0, 0, 0
-        self._last_samples = 0
+        self._seconds, self._steps = 0.0, 0
+        self._last_samples = self._samples_before_step = 0
+        self._batch_size = 0
         self._mark = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
         self._mark, self._last_samples = time.monotonic(), trainer.samples
+        self._samples_before_step = trainer.samples
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         now = time.monotonic()
         self._seconds += now - self._mark
         self._steps += 1
+        self._batch_size = trainer.samples - self._samples_before_step
+        self._samples_before_step = trainer.samples
         self._losses.add(result.lm_losses)
         is_last = trainer.step >= trainer.config.run.num_steps
         if trainer.step % self.interval_steps == 0 or is_last or trainer.step == 1:
@@ -100,7 +103,7 @@ class Reporter(BaseHook):
             "step_seconds": self._seconds / max(1, self._steps),
             "samples": trainer.samples,
             "tokens": trainer.samples * config.model.seq_length,
-            "global_batch_size": global_batch_size(config.run, max(0, trainer.samples - 1)),
+            "global_batch_size": self._batch_size,
             "skipped_steps": trainer.skipped_steps,
             "memory_bytes": peak_memory_bytes(trainer.groups),
         }

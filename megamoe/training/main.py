@@ -2,15 +2,16 @@
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 # Before the engines are imported: they warn about every optional CUDA package that a CPU run cannot have.
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
-# Megatron-core still calls collectives by names that torch is renaming, and advises on a CUDA variable without CUDA.
+# Megatron-core still calls collectives by names that torch is renaming.
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
-warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from megamoe.config.schema import Config  # noqa: E402
@@ -47,9 +48,8 @@ def run_rank(payload: dict[str, Any]) -> None:
     wants_sample = config.monitor.sample_prompt is not None and config.monitor.num_sample_tokens > 0
     tokenizer = build_tokenizer(config.data.tokenizer) if wants_sample else None
     device = initialize_distributed(environment, config.parallel.timeout_seconds)
-    resume_from = run_folder.latest_checkpoint(config.run.dir) if config.checkpoint.resume else None
-    dist.barrier()  # nobody looks for a checkpoint after the first rank has begun to write
     is_first = environment.rank == 0
+    resume_from = _checkpoint_to_resume(config, is_first=is_first, device=device)
     if is_first:
         run_folder.prepare(config)
     dist.barrier()
@@ -66,6 +66,16 @@ def run_rank(payload: dict[str, Any]) -> None:
     dist.barrier()
     trainer.close()
     dist.destroy_process_group()
+
+
+def _checkpoint_to_resume(config: Config, *, is_first: bool, device: torch.device) -> Path | None:
+    """The first rank's choice, on every rank: a shared folder may show them different things. Collective."""
+    newest = run_folder.latest_checkpoint(config.run.dir) if config.checkpoint.resume and is_first else None
+    step = torch.tensor(-1 if newest is None else run_folder.step_of(newest.name), dtype=torch.int64, device=device)
+    dist.broadcast(step, src=0)
+    if step < 0:
+        return None
+    return run_folder.checkpoints_path(config.run.dir) / run_folder.checkpoint_name(int(step))
 
 
 def _hooks(config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenizer | None) -> list[Hook]:

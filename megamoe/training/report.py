@@ -90,17 +90,27 @@ def peak_memory_bytes(groups: ParallelGroups) -> int:
 
 
 def state_bytes(trainer: "Trainer") -> dict[str, int]:
-    """Bytes this rank holds in weights, gradients and optimizer state, as ZeRO cuts them."""
+    """Bytes this rank holds in weights, gradients and optimizer state, as ZeRO cuts them, and what the update adds.
+
+    "update" is short-lived: ZeRO flattens the gradients it owns, at stage 1 in 16-bit precision after a copy in fp32.
+    """
     weights = sum(local.tensor.numel() * local.tensor.element_size() for local in trainer.parameters)
     num_elements = sum(local.tensor.numel() for local in trainer.parameters)
     accumulated = num_elements * 4  # gradients are accumulated in fp32 whatever the precision
     states_per_element = 2 if trainer.config.optimizer.name == "adamw" else int(trainer.config.optimizer.momentum > 0)
     if trainer.engine.zero_stage == 0:
-        return {"weights": weights, "gradients": accumulated, "optimizer": num_elements * 4 * states_per_element}
+        optimizer = num_elements * 4 * states_per_element
+        return {"weights": weights, "gradients": accumulated, "optimizer": optimizer, "update": 0}
     owned = sum(group.numel() for group in trainer.engine.optimizer.single_partition_of_fp32_groups)
     if trainer.engine.zero_stage == 2:
         accumulated = owned * 4
-    return {"weights": weights, "gradients": accumulated, "optimizer": owned * 4 * (1 + states_per_element)}
+    copies = 2 if trainer.engine.zero_stage == 1 and trainer.config.run.precision != "fp32" else 1
+    return {
+        "weights": weights,
+        "gradients": accumulated,
+        "optimizer": owned * 4 * (1 + states_per_element),
+        "update": owned * 4 * copies,
+    }
 
 
 def _device() -> str:

@@ -24,6 +24,7 @@ def sample_tokens(
     """
     for chunk in trainer.chunks:
         chunk.eval()
+    kept = trainer.statistics.take()
     ids, generator = list(prompt), torch.Generator().manual_seed(seed)
     length, vocab_size = trainer.config.model.seq_length, trainer.config.model.vocab_size
     for _ in range(num_tokens):
@@ -39,7 +40,7 @@ def sample_tokens(
         ids.append(_from_last_stage(trainer, token))
     for chunk in trainer.chunks:
         chunk.train()
-    trainer.statistics.take()
+    trainer.statistics.restore(kept)
     return ids[len(prompt) :]
 
 

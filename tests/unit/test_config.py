@@ -250,7 +250,7 @@ def test_an_empty_file_and_empty_sections_are_all_defaults(config_file):
 def test_later_sources_win_and_groups_are_merged(config_file):
     path = config_file("preset: quickstart\nrun: {num_steps: 7, seed: 3}\ndata: {tokenizer: {path: tok.model}}\n")
     config = load_config(path, ["run.seed=4", "run.seed=5", "data.tokenizer.kind=sentencepiece"])
-    assert (config.run.num_steps, config.run.seed, config.run.global_batch_size) == (7, 5, 32)
+    assert (config.run.num_steps, config.run.seed, config.run.global_batch_size) == (7, 5, 16)
     assert (config.data.tokenizer.kind, config.data.tokenizer.path) == ("sentencepiece", "tok.model")
     assert config.parallel.tensor_parallel_size == 2
 
@@ -392,8 +392,17 @@ DENSE = ("moe.num_experts=0", "parallel.expert_parallel_size=1")
         ),
         (["moe.layer_pattern=[1,4]"], "layer_pattern names layer 4, but num_layers is 4: use layers 0 to 3"),
         (["moe.layer_pattern=[-1]"], "layer_pattern names layer -1, but num_layers is 4: use layers 0 to 3"),
+        (
+            ["moe.top_k=1"],
+            "top_k 1 with normalize_gates true makes every gate 1, so that the router never learns from the language "
+            "loss: use normalize_gates false",
+        ),
+        (
+            ["moe.eval_capacity_factor=2", "moe.eval_capacity_fraction=0.5"],
+            "eval_capacity_factor and eval_capacity_fraction are both set: use one of them",
+        ),
         (["moe.layer_pattern=[1,1]"], "layer_pattern names layer 1 twice: list each layer once"),
-        (["optimizer.min_lr=1"], "min_lr 1 is above lr 0.002: use 0 to 0.002"),
+        (["optimizer.min_lr=1"], "min_lr 1 is above lr 0.004: use 0 to 0.004"),
         (["optimizer.warmup_steps=200"], "warmup_steps 200 is not below num_steps 200: use 0 to 199"),
         (["optimizer.decay_steps=20"], "warmup_steps 20 is not below decay_steps 20: use 0 to 19"),
         (
@@ -426,11 +435,11 @@ DENSE = ("moe.num_experts=0", "parallel.expert_parallel_size=1")
             "global_batch_size 30 is not a multiple of micro_batch_size 4: use 28 or 32",
         ),
         (
-            ["run.batch_size_ramp={start: 64, increment: 4, num_samples: 9}"],
+            ["run.batch_size_ramp={start: 64, increment: 4, num_samples: 9}", "run.global_batch_size=32"],
             "batch_size_ramp.start 64 is above global_batch_size 32: use at most 32",
         ),
         (
-            ["run.batch_size_ramp={start: 8, increment: 16, num_samples: 9}"],
+            ["run.batch_size_ramp={start: 8, increment: 16, num_samples: 9}", "run.global_batch_size=32"],
             "batch_size_ramp.increment 16 does not lead from batch_size_ramp.start 8 to global_batch_size 32: "
             "use 4, 8, 12, 24",
         ),

@@ -1,0 +1,63 @@
+"""The benchmarks run and their tables add up; what they measure is nobody's test."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.journeys.clone import ROOT
+
+SMALL = (
+    "model.num_layers=2", "model.hidden_size=32", "model.vocab_size=256", "model.seq_length=16",
+    "run.micro_batch_size=1", "run.global_batch_size=2",
+)  # fmt: skip
+
+
+def benchmark(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "benchmarks" / name, *arguments], capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_memory_adds_up_on_every_rank():
+    text = benchmark("memory.py", "--layout", "2 parallel.expert_parallel_size=2 parallel.zero_stage=2", *SMALL)
+    assert "2 ranks ep2 dp2 ZeRO-2" in text
+    rows = [[float(cell) for cell in line.split("|")] for line in text.splitlines() if re.match(r"\s+\d+ \|", line)]
+    assert [row[0] for row in rows] == [0, 1]
+    for _, base, built, peak, used, weights, gradients, optimizer, total, rest, _ in rows:
+        assert 0 < base <= built <= peak
+        assert used == pytest.approx(peak - base, abs=0.2)
+        assert total == pytest.approx(weights + gradients + optimizer, abs=0.2)
+        assert rest == pytest.approx(used - total, abs=0.2)
+
+
+@pytest.mark.slow
+def test_profile_shares_are_those_of_the_whole_step():
+    text = benchmark(
+        "profile_step.py", "--ranks", "2", "--rank", "1", "--steps", "1", *SMALL,
+        "parallel.pipeline_parallel_size=2", "parallel.recompute=full",
+    )  # fmt: skip
+    kinds = text.split("kind", 1)[1].split("operator  ")[0]
+    shares = {
+        line[:55].strip(): float(line.rsplit(maxsplit=1)[1].rstrip("%"))
+        for line in kinds.splitlines()
+        if line.endswith("%")
+    }
+    assert len(shares) == 10 and sum(shares.values()) == pytest.approx(100, abs=0.6)
+    for kind in ("matrix", "attention", "cross entropy", "MoE", "collectives", "optimizer"):
+        assert next(share for name, share in shares.items() if name.startswith(kind)) > 0, kind
+
+
+@pytest.mark.slow
+def test_startup_measures_the_first_step_and_the_quick_commands():
+    text = benchmark(
+        "startup.py", "--ranks", "2", "--repeats", "1", "--quick-repeats", "1", "parallel.pipeline_parallel_size=1",
+        "parallel.tensor_parallel_size=1",
+    )  # fmt: skip
+    for name in ("train --local-ranks 2, to step 1", "megamoe --help", "megamoe presets", "megamoe show moe-1.1t"):
+        assert re.search(rf"^{re.escape(name)} +\d+\.\d\d s", text, re.MULTILINE), text
