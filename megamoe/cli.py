@@ -199,9 +199,15 @@ def _derived_sizes(config: "Config") -> dict[str, int]:
 
 def _completed_steps(config: "Config") -> int:
     """Steps that a resumed run has behind it, read before any rank is started."""
-    from megamoe.training.run_folder import completed_steps
+    from megamoe.training.checkpoint_state import check_same_model, read_state
+    from megamoe.training.run_folder import latest_checkpoint
 
-    return completed_steps(config.run.dir) if config.checkpoint.resume else 0
+    newest = latest_checkpoint(config.run.dir) if config.checkpoint.resume else None
+    if newest is None:
+        return 0
+    state = read_state(newest)
+    check_same_model(state, config, newest)
+    return state["step"]
 
 
 def _choose_device(config: "Config", environment: "RankEnvironment", local_ranks: int | None) -> None:

@@ -1,5 +1,7 @@
 """From a configuration to a trainer: groups, model, engine, schedule, wired once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -58,16 +60,24 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor | None:
         """Language losses of `batch`'s micro-batches, on the last stage; weights and statistics stay as they are."""
+        with self.evaluating():
+            return self.schedule.losses(batch, engine=None)
+
+    @contextmanager
+    def evaluating(self, *, drop_tokens: bool = True) -> Iterator[None]:
+        """Inside, the model is in evaluation mode and nothing counts as training; afterwards all is as it was."""
+        kept = self.statistics.take()
+        self.evaluation.drop_tokens = drop_tokens
         for chunk in self.chunks:
             chunk.eval()
-        kept = self.statistics.take()
         try:
-            return self.schedule.losses(batch, engine=None)
+            yield
         finally:
-            self.statistics.take()
-            self.statistics.restore(kept)
             for chunk in self.chunks:
                 chunk.train()
+            self.evaluation.drop_tokens = True
+            self.statistics.take()
+            self.statistics.restore(kept)
 
 
 def build_trainer(config: Config, device: torch.device) -> Trainer:

@@ -19,17 +19,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError
 from megamoe.model.random import random_state, restore_random_state
+from megamoe.training.checkpoint_state import (
+    FORMAT,
+    STATE_FILE,
+    changed_settings,
+    check_same_layout,
+    check_same_model,
+    read_state,
+)
 from megamoe.training.run_folder import LATEST, checkpoint_name, checkpoints_path, step_of, write_atomically
 
 if TYPE_CHECKING:
     from megamoe.training.build import Trainer
 
-FORMAT = "megamoe-rank-files-1"
-STATE_FILE = "state.json"
-_STATE_KEYS = ("layout", "step", "samples", "skipped_steps", "loss_scaler", "group_steps")
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _PARAMETER, _TIED, _OPTIMIZER, _RANDOM = "parameter/", "tied_copy/", "optimizer/", "random/"
 
 
@@ -57,13 +62,15 @@ def save_checkpoint(trainer: "Trainer", run_dir: str | os.PathLike[str]) -> Path
     return final
 
 
-def load_checkpoint(trainer: "Trainer", folder: Path) -> None:
+def load_checkpoint(trainer: "Trainer", folder: Path) -> list[str]:
     """Restore the trainer, in place, from a checkpoint of the same layout. Collective over all ranks.
 
-    Raises CheckpointError for another layout, a missing or damaged file, or tensors that do not match the model.
+    Returns the settings that differ from the checkpoint's and may, in words.
+    Raises CheckpointError for another model or layout, a missing or damaged file, or tensors of other shapes.
     """
     state = read_state(folder)
-    _check_layout(state, trainer.config, folder)
+    check_same_model(state, trainer.config, folder)
+    check_same_layout(state, trainer.config, dist.get_world_size(), folder)
     path = folder / _rank_file(dist.get_rank())
     try:
         stored = load_file(path)
@@ -87,52 +94,16 @@ def load_checkpoint(trainer: "Trainer", folder: Path) -> None:
     restore_random_state({n.removeprefix(_RANDOM): t for n, t in stored.items() if n.startswith(_RANDOM)})
     trainer.step, trainer.samples, trainer.skipped_steps = state["step"], state["samples"], state["skipped_steps"]
     if state["loss_scaler"] is not None:
+        # What the scaler has reached; how it moves on is the configuration's.
         vars(trainer.engine.optimizer.loss_scaler).update(state["loss_scaler"])
     for group, num_steps in zip(trainer.engine.basic_optimizer.param_groups, state["group_steps"], strict=True):
         if num_steps is not None:
             group["step"] = num_steps
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint. Raises CheckpointError when it is missing or no state of ours."""
-    path = folder / STATE_FILE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {folder} is no complete checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f'{path} is not of format "{FORMAT}"')
-    for key in _STATE_KEYS:
-        if key not in state:
-            raise CheckpointError(f'{path} is damaged: it has no "{key}"')
-    return state
+    return changed_settings(state, trainer.config)
 
 
 def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def _layout(config: Config) -> dict[str, Any]:
-    names = (
-        "tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_parallel_size", "expert_parallel_size",
-        "expert_tensor_parallel_size", "zero_stage",
-    )  # fmt: skip
-    layout = {f"parallel.{name}": getattr(config.parallel, name) for name in names}
-    return layout | {"ranks": dist.get_world_size(), "run.precision": config.run.precision,
-                     "optimizer.name": config.optimizer.name}  # fmt: skip
-
-
-def _check_layout(state: dict[str, Any], config: Config, folder: Path) -> None:
-    here = _layout(config)
-    there = state["layout"]
-    changed = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
-    if changed:
-        raise CheckpointError(
-            f"{folder} was written by another layout ({'; '.join(changed)}): resume with that layout, "
-            "or choose another run.dir"
-        )
 
 
 def _state(trainer: "Trainer") -> dict[str, Any]:
@@ -142,10 +113,11 @@ def _state(trainer: "Trainer") -> dict[str, Any]:
         "step": trainer.step,
         "samples": trainer.samples,
         "skipped_steps": trainer.skipped_steps,
-        "layout": _layout(trainer.config),
+        "num_ranks": dist.get_world_size(),
+        "config": trainer.config.model_dump(mode="json"),
         # NVIDIA apex counts steps by group, torch by parameter among its state tensors.
         "group_steps": [group.get("step") for group in trainer.engine.basic_optimizer.param_groups],
-        "loss_scaler": scaler and {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)},
+        "loss_scaler": scaler and {name: vars(scaler)[name] for name in _SCALER_STATE if name in vars(scaler)},
     }
 
 
@@ -194,9 +166,15 @@ def _create_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], param
 
 
 def _save_synced(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}, path)
+    # Views of one flat buffer share storage, which safetensors refuses; what comes from a GPU is a copy already.
+    save_file({name: _on_host(tensor) for name, tensor in tensors.items()}, path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    detached = tensor.detach()
+    return detached.contiguous().cpu() if detached.is_cuda else detached.clone(memory_format=torch.contiguous_format)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -20,6 +20,11 @@ Record = Callable[[dict[str, Any]], None]  # takes metrics on rank 0, does nothi
 Say = Callable[[str], None]  # prints a line on rank 0
 
 
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats a token; not a number where the loss is none, and bounded where exp overflows."""
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan
+
+
 class BaseHook:
     """Does nothing at any point."""
 
@@ -75,7 +80,8 @@ class Reporter(BaseHook):
         self._steps += 1
         self._batch_size = trainer.samples - self._samples_before_step
         self._samples_before_step = trainer.samples
-        self._losses.add(result.lm_losses)
+        if result.was_applied:  # one loss that is no number would hide those of the whole interval
+            self._losses.add(result.lm_losses)
         is_last = trainer.step >= trainer.config.run.num_steps
         if trainer.step % self.interval_steps == 0 or is_last or trainer.step == 1:
             self.record(self._metrics(trainer, result))
@@ -96,7 +102,7 @@ class Reporter(BaseHook):
             "step": trainer.step,
             "loss": lm_loss + config.moe.balance_loss_coeff * aux if load else lm_loss,
             "lm_loss": lm_loss,
-            "perplexity": math.exp(min(lm_loss, 700.0)) if math.isfinite(lm_loss) else math.nan,
+            "perplexity": perplexity(lm_loss),
             "lr": learning_rate(config.optimizer, trainer.step, config.run.num_steps),
             "grad_norm": result.grad_norm,
             "tokens_per_second": samples * config.model.seq_length / max(self._seconds, 1e-9),
@@ -138,12 +144,26 @@ class Validator(BaseHook):
 
     def _validate(self, trainer: Trainer) -> None:
         self._last_step = trainer.step
-        batch_size, meter = trainer.config.run.global_batch_size, LossMeter()
-        for index in range(self.num_batches):
-            meter.add(trainer.evaluate(local_batch(trainer, self.dataset, index * batch_size, batch_size)))
-        loss = meter.mean(trainer.groups)
-        perplexity = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan
-        self.record({"step": trainer.step, "valid_loss": loss, "valid_perplexity": perplexity})
+        self.record({"step": trainer.step, **_held_out(trainer, self.dataset, self.num_batches, "valid")})
+
+
+class FinalTest(BaseHook):
+    """Language loss on the test samples, once, when training ends."""
+
+    def __init__(self, dataset: SampleSource, num_batches: int, record: Record) -> None:
+        self.dataset, self.num_batches, self.record = dataset, num_batches, record
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.record({"step": trainer.step, **_held_out(trainer, self.dataset, self.num_batches, "test")})
+
+
+def _held_out(trainer: Trainer, dataset: SampleSource, num_batches: int, split: str) -> dict[str, float]:
+    """Loss and perplexity over the first `num_batches` global batches of a dataset. Collective over all ranks."""
+    batch_size, meter = trainer.config.run.global_batch_size, LossMeter()
+    for index in range(num_batches):
+        meter.add(trainer.evaluate(local_batch(trainer, dataset, index * batch_size, batch_size)))
+    loss = meter.mean(trainer.groups)
+    return {f"{split}_loss": loss, f"{split}_perplexity": perplexity(loss)}
 
 
 class Saver(BaseHook):

@@ -27,7 +27,7 @@ from megamoe.training import run_folder  # noqa: E402
 from megamoe.training.build import Trainer, build_trainer  # noqa: E402
 from megamoe.training.checkpoint import load_checkpoint  # noqa: E402
 from megamoe.training.distributed import initialize_distributed  # noqa: E402
-from megamoe.training.hooks import ClockRestart, MemoryNote, Reporter, Saver, SkipGuard, Validator  # noqa: E402
+from megamoe.training.hooks import ClockRestart, FinalTest, MemoryNote, Reporter, Saver, SkipGuard, Validator  # noqa: E402
 from megamoe.training.loop import Hook, train  # noqa: E402
 from megamoe.training.monitor import Monitor  # noqa: E402
 from megamoe.training.optimizer import apex_state  # noqa: E402
@@ -50,14 +50,17 @@ def run_rank(payload: dict[str, Any]) -> None:
     device = initialize_distributed(environment, config.parallel.timeout_seconds)
     is_first = environment.rank == 0
     resume_from = _checkpoint_to_resume(config, is_first=is_first, device=device)
-    if is_first:
-        run_folder.prepare(config)
-    dist.barrier()
     trainer = build_trainer(config, device)
+    changed: list[str] = []
     if resume_from is not None:
-        load_checkpoint(trainer, resume_from)
+        changed = load_checkpoint(trainer, resume_from)
+    if is_first:
+        run_folder.prepare(config)  # not before: a refused resume leaves the folder's record as it was
+    dist.barrier()
     monitor = Monitor(config, is_first=is_first, resume_step=trainer.step)
     _say_start(trainer, monitor, splits, resumed=resume_from is not None)
+    if changed:
+        monitor.say(f"settings that the checkpoint was saved under were others: {'; '.join(changed)}")
     try:
         train(trainer, splits.train, _hooks(config, monitor, splits, tokenizer))
     finally:
@@ -84,6 +87,8 @@ def _hooks(config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenize
     if splits.valid is not None and config.run.num_eval_batches:
         run = config.run
         hooks.append(Validator(splits.valid, run.eval_interval_steps, run.num_eval_batches, monitor.record))
+    if splits.test is not None and config.run.num_eval_batches:
+        hooks.append(FinalTest(splits.test, config.run.num_eval_batches, monitor.record))
     checkpoint = config.checkpoint
     hooks.append(Saver(config.run.dir, checkpoint.save_interval_steps, checkpoint.save_at_end, monitor.say))
     if tokenizer is not None:

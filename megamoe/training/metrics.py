@@ -121,6 +121,8 @@ _COLUMNS = (
     ("perplexity", "ppl", _perplexity),
     ("valid_loss", "valid loss", _number(4, 7)),
     ("valid_perplexity", "valid ppl", _perplexity),
+    ("test_loss", "test loss", _number(4, 7)),
+    ("test_perplexity", "test ppl", _perplexity),
     ("lr", "lr", lambda value: f"{value:.2e}"),
     ("grad_norm", "grad norm", _number(3, 6)),
     ("tokens_per_second", "tokens/s", lambda value: f"{_short(value):>5}"),

@@ -20,27 +20,22 @@ def sample_tokens(
 ) -> list[int]:
     """Draw `num_tokens` ids after `prompt`, each from the softmax of logits / temperature (0: the most likely).
 
-    Every step runs the whole context through the pipeline. Collective over all ranks, same result on each.
+    Every step runs the whole context through the pipeline, and experts take all tokens. Collective over all ranks, same
+    result on each.
     """
-    for chunk in trainer.chunks:
-        chunk.eval()
-    kept = trainer.statistics.take()
     ids, generator = list(prompt), torch.Generator().manual_seed(seed)
     length, vocab_size = trainer.config.model.seq_length, trainer.config.model.vocab_size
-    for _ in range(num_tokens):
-        context = ids[-length:]
-        logits = _last_logits(trainer, context)
-        token = torch.zeros((), dtype=torch.int64)
-        if logits is not None:
-            logits = logits[:vocab_size].float().cpu()
-            if temperature == 0.0:
-                token = logits.argmax()
-            else:
-                token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)[0]
-        ids.append(_from_last_stage(trainer, token))
-    for chunk in trainer.chunks:
-        chunk.train()
-    trainer.statistics.restore(kept)
+    with trainer.evaluating(drop_tokens=False):  # a text must not depend on the padding beside it
+        for _ in range(num_tokens):
+            logits = _last_logits(trainer, ids[-length:])
+            token = torch.zeros((), dtype=torch.int64)
+            if logits is not None:
+                logits = logits[:vocab_size].float().cpu()
+                if temperature == 0.0:
+                    token = logits.argmax()
+                else:
+                    token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)[0]
+            ids.append(_from_last_stage(trainer, token))
     return ids[len(prompt) :]
 
 

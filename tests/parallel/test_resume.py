@@ -1,5 +1,6 @@
 """A resumed run is the run that did not stop, to the bit; a save that did not finish, or was damaged, is told apart."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -212,9 +213,9 @@ def errors(root: str) -> dict[str, str]:
         truncated = damaged("truncated")
         os.truncate(truncated / "rank_00000.safetensors", 1000)
         torn = damaged("torn")
-        (torn / "state.json").write_text('{"format": "megamoe-rank-files-1", "step"')
+        (torn / "state.json").write_text('{"format": "megamoe-rank-files-2", "step"')
         keyless = damaged("keyless")
-        (keyless / "state.json").write_text('{"format": "megamoe-rank-files-1", "step": 3}')
+        (keyless / "state.json").write_text('{"format": "megamoe-rank-files-2", "step": 3}')
         foreign = damaged("foreign")
         (foreign / "state.json").write_text('{"format": "other"}')
         stateless = damaged("stateless")
@@ -223,10 +224,22 @@ def errors(root: str) -> dict[str, str]:
     with trainer_of(settings_of("one", "parallel.zero_stage=1", "parallel.recompute=full")) as trainer:
         found["layout"] = message(trainer, good)
     with trainer_of(settings_of("one", "model.tie_embeddings=false")) as trainer:
-        found["tensors"] = message(trainer, good)
+        found["tensors"] = message(trainer, claiming(good, trainer, base / "tensors"))
     with trainer_of(settings_of("one", "model.ffn_hidden_size=32")) as trainer:
-        found["shape"] = message(trainer, good)
+        found["model"] = message(trainer, good)
+        found["shape"] = message(trainer, claiming(good, trainer, base / "shape"))
+    with trainer_of(settings_of("one", "optimizer.lr=0.25")) as trainer:
+        found["changed"] = load_checkpoint(trainer, good)
     return found
+
+
+def claiming(good: Path, trainer: Trainer, copy: Path) -> Path:
+    """A copy of a checkpoint whose state says that it is of the trainer's model, which its tensors belie."""
+    shutil.copytree(good, copy)
+    state = json.loads((copy / "state.json").read_text())
+    state["config"] = trainer.config.model_dump(mode="json")
+    (copy / "state.json").write_text(json.dumps(state))
+    return copy
 
 
 def test_errors_name_file_and_remedy(tmp_path):
@@ -242,8 +255,8 @@ def test_errors_name_file_and_remedy(tmp_path):
     assert found["torn"] == (
         f"{tmp_path}/torn/state.json is damaged: Expecting ':' delimiter: line 1 column 42 (char 41)"
     )
-    assert found["keyless"] == f'{tmp_path}/keyless/state.json is damaged: it has no "layout"'
-    assert found["foreign"] == f'{tmp_path}/foreign/state.json is not of format "megamoe-rank-files-1"'
+    assert found["keyless"] == f'{tmp_path}/keyless/state.json is damaged: it has no "config"'
+    assert found["foreign"] == f'{tmp_path}/foreign/state.json is not of format "megamoe-rank-files-2"'
     assert found["stateless"] == (
         f"{tmp_path}/stateless/state.json is missing: {tmp_path}/stateless is no complete checkpoint"
     )
@@ -251,10 +264,16 @@ def test_errors_name_file_and_remedy(tmp_path):
         f"{good} was written by another layout (parallel.zero_stage 0 there, 1 here): resume with that layout, "
         "or choose another run.dir"
     )
-    assert found["tensors"].startswith(f"{good}/{rank_file} does not match the model: ")
+    assert found["model"] == (
+        f"{good} holds another model (model.ffn_hidden_size 64 there, 32 here): resume with that model, "
+        "choose another run.dir, or set checkpoint.resume false"
+    )
+    assert len(found["changed"]) == 1 and found["changed"][0].startswith("optimizer.lr ")
+    assert found["changed"][0].endswith(" there, 0.25 here")
+    assert found["tensors"].startswith(f"{tmp_path}/tensors/{rank_file} does not match the model: ")
     assert found["tensors"].endswith(" is only in one of them")
     assert found["shape"] == (
-        f"{good}/{rank_file}: parameter/layers.0.ffn.fc1.weight has shape (64, 32), the model's is (32, 32)"
+        f"{tmp_path}/shape/{rank_file}: parameter/layers.0.ffn.fc1.weight has shape (64, 32), the model's is (32, 32)"
     )
 
 

@@ -15,6 +15,7 @@ from megamoe.config import load_config
 from megamoe.config.presets import PRESETS
 from megamoe.errors import TrainingStopped
 from megamoe.launch import local
+from megamoe.training.checkpoint_state import FORMAT
 
 ROOT = Path(__file__).parents[2]
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MEGAMOE_INIT_METHOD")
@@ -226,6 +227,11 @@ def checkpoint_of(run_dir: Path, step: int) -> None:
     folder = run_dir / "checkpoints"
     (folder / f"step_{step:08d}").mkdir(parents=True)
     (folder / "latest").write_text(f"step_{step:08d}\n", encoding="utf-8")
+    state = {
+        "format": FORMAT, "step": step, "samples": 8 * step, "skipped_steps": 0, "num_ranks": 1, "group_steps": [],
+        "loss_scaler": None, "config": load_config("laptop-dense").model_dump(mode="json"),
+    }  # fmt: skip
+    (folder / f"step_{step:08d}" / "state.json").write_text(json.dumps(state))
 
 
 @pytest.mark.parametrize("step", [60, 70])
@@ -251,6 +257,16 @@ def test_a_run_with_steps_to_go_is_trained(capsys, monkeypatch, tmp_path, step, 
     assert cli.main([*TRAIN, "run.dir=run", override]) == 0
     assert len(payloads) == 1
     assert capsys.readouterr().out == ""
+
+
+def test_the_checkpoint_of_another_model_is_no_complete_run(capsys, monkeypatch, tmp_path):
+    fake_training(monkeypatch, lambda payload: pytest.fail("a rank was started"))
+    checkpoint_of(tmp_path / "run", 60)
+    assert cli.main([*TRAIN, "run.dir=run", "model.num_attention_heads=8"]) == 2
+    assert capsys.readouterr().err == (
+        "megamoe: error: run/checkpoints/step_00000060 holds another model "
+        "(model.num_attention_heads 4 there, 8 here): resume with that model, choose another run.dir, or set checkpoint.resume false\n"
+    )
 
 
 def test_a_latest_that_names_no_checkpoint_is_told_once(capsys, monkeypatch, tmp_path):

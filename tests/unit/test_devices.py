@@ -61,7 +61,7 @@ def test_too_few_gpus_for_what_was_asked() -> None:
         "run.device cuda needs a GPU for each of the 8 ranks of this machine, and 1 is visible: "
         "start 1 ranks here, or use run.device cpu"
     )
-    with pytest.raises(ConfigError, match="0 are visible: use run.device cpu$"):
+    with pytest.raises(ConfigError, match=r"0 are visible: use run\.device cpu$"):
         choose_device("cuda", 2, {"CUDA_VISIBLE_DEVICES": ""})
 
 
