@@ -265,7 +265,8 @@ def test_the_checkpoint_of_another_model_is_no_complete_run(capsys, monkeypatch,
     assert cli.main([*TRAIN, "run.dir=run", "model.num_attention_heads=8"]) == 2
     assert capsys.readouterr().err == (
         "megamoe: error: run/checkpoints/step_00000060 holds another model "
-        "(model.num_attention_heads 4 there, 8 here): resume with that model, choose another run.dir, or set checkpoint.resume false\n"
+        "(model.num_attention_heads 4 there, 8 here): resume with that model, "
+        "choose another run.dir, or set checkpoint.resume false\n"
     )
 
 
