@@ -67,7 +67,15 @@ class MoEConfig(Section):
     eval_capacity_factor: Annotated[float, Field(gt=0.0)] | None = None  # None: as in training
     eval_capacity_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     # capacity in evaluation as a share of the tokens: ceil(fraction * S), as the paper's runs were evaluated
-    normalize_gates: bool = True  # chosen gates are divided by their sum (after dropping, where tokens drop)
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    gate_order: Literal["softmax_then_select", "select_then_softmax"] = "softmax_then_select"
+    # select_then_softmax: the softmax is over the chosen logits alone
+    normalize_gates: bool = True  # chosen gates are divided by their sum
+    normalize_when: Literal["after_drops", "before_drops"] = "after_drops"  # what that sum counts, where tokens drop
+    routed_scaling_factor: Annotated[float, Field(gt=0.0)] = 1.0  # multiplies the gates at the end
+    num_expert_groups: PositiveInt | None = None  # groups of neighbouring experts; None: no groups
+    num_selected_groups: PositiveInt | None = None  # a token's experts are of this many groups
+    balance_bias_update_rate: NonNegative = 0.0  # step of the selection bias that balances the load; 0: no bias
     balance_loss: Literal["first_choice", "all_choices"] = "first_choice"
     balance_loss_coeff: NonNegative = 0.01  # of the balance loss summed over MoE layers
 

@@ -7,6 +7,7 @@ unique in the tree. Types and bounds of single keys are the schema's.
 import math
 from collections.abc import Iterable, Mapping
 
+from megamoe.config.routing import check_router
 from megamoe.config.schema import Config
 from megamoe.config.support import check_supported
 from megamoe.errors import ConfigError
@@ -104,6 +105,7 @@ def _check_experts(config: Config) -> None:
         )
     if moe.eval_capacity_factor is not None and moe.eval_capacity_fraction is not None:
         raise ConfigError("eval_capacity_factor and eval_capacity_fraction are both set: use one of them")
+    check_router(moe)
     if isinstance(moe.layer_pattern, int):
         if moe.layer_pattern > num_layers:
             raise ConfigError(

@@ -23,6 +23,7 @@ from megamoe.model.embedding import TokenEmbedding
 from megamoe.model.norms import FullNorm, HeadNorm, Norm
 from megamoe.model.parallel import ParallelGroups
 from megamoe.model.transformer_config import ACTIVATIONS, PRECISION_DTYPE, transformer_config
+from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELayer
 from megamoe.moe.losses import LossScale
 from megamoe.moe.statistics import LoadStatistics
@@ -77,6 +78,7 @@ def build_model_chunks(
     loss_scale: LossScale,
     statistics: LoadStatistics,
     evaluation: EvaluationMode,
+    balance_bias: BalanceBias,
 ) -> list[GPT]:
     """The chunks of this rank's pipeline stage, in order: one, or virtual_pipeline_parallel_size of them.
 
@@ -84,7 +86,7 @@ def build_model_chunks(
     """
     core_config = transformer_config(config)
     collection = _process_group_collection(groups)
-    context = _moe_context(config, groups, loss_scale, statistics, evaluation)
+    context = _moe_context(config, groups, loss_scale, statistics, evaluation, balance_bias)
     grid, pipeline_rank = groups.grid, groups.coordinates.pipeline
     virtual = config.parallel.virtual_pipeline_parallel_size
     chunks = []
@@ -172,6 +174,7 @@ def _moe_context(
     loss_scale: LossScale,
     statistics: LoadStatistics,
     evaluation: EvaluationMode,
+    balance_bias: BalanceBias,
 ) -> MoEContext:
     grid, sizes = groups.grid, dimensions(config.model, config.moe)
     return MoEContext(
@@ -195,6 +198,7 @@ def _moe_context(
         loss_scale=loss_scale,
         statistics=statistics,
         evaluation=evaluation,
+        balance_bias=balance_bias,
     )
 
 

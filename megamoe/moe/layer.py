@@ -20,10 +20,12 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
 from megamoe.config.schema import MoEConfig
+from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.dispatch import combine, dispatch
 from megamoe.moe.experts import StackedExperts
 from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share
-from megamoe.moe.routing import expert_capacity, route
+from megamoe.moe.routers import build_router
+from megamoe.moe.routing import Normalization, expert_capacity, settle
 from megamoe.moe.statistics import LoadStatistics
 
 
@@ -66,6 +68,7 @@ class MoEContext:
     loss_scale: LossScale
     statistics: LoadStatistics
     evaluation: EvaluationMode
+    balance_bias: BalanceBias | None = None
 
 
 def expert_group_name(expert_parallel_size: int) -> str:
@@ -100,6 +103,9 @@ class MoELayer(DeepSpeedMoE):
         self.expert_group_name = expert_group_name(parallel.expert_size)
         self.num_local_experts = self.num_experts // parallel.expert_size
         self.router = Router(context)
+        self.choose = build_router(context.config)
+        if context.balance_bias is not None:
+            context.balance_bias.add_layer(layer)
         self.experts = StackedExperts(
             num_local_experts=self.num_local_experts,
             hidden_size=context.hidden_size,
@@ -128,14 +134,17 @@ class MoELayer(DeepSpeedMoE):
     def _route_and_apply(self, x: Tensor) -> Tensor:
         """x [S, h] -> [S, h]."""
         config, parallel = self.context.config, self.context.parallel
+        bias = self.context.balance_bias
         logits = self.router(x)
-        probabilities = logits.softmax(dim=-1)
-        routing = route(
-            logits,
-            top_k=config.top_k,
+        choice = self.choose(logits, bias.of(self.layer) if bias is not None else None)
+        probabilities = choice.probabilities
+        routing = settle(
+            choice.expert_index,
+            choice.gate,
+            num_experts=self.num_experts,
             capacity=self._capacity(x.shape[0]),
-            normalize=config.normalize_gates,
-            probabilities=probabilities,
+            normalization=self._normalization,
+            scale=config.routed_scaling_factor,
         )
         share = choice_share(routing.expert_index, self.num_experts, config.balance_loss)
         if parallel.tensor_group is not None and parallel.expert_tensor_size == 1:
@@ -146,12 +155,19 @@ class MoELayer(DeepSpeedMoE):
         # Under recompute the forward pass runs twice, first without gradients: that one is not counted.
         if torch.is_grad_enabled() or not self.training:
             self.context.statistics.record(self.layer, routing, loss)
+            if bias is not None and self.training:
+                bias.record(self.layer, routing.expert_index)
 
         buffer, metadata = dispatch(x, routing, parallel.expert_group)
         y = combine(self.experts(buffer, metadata.rows_per_expert), routing, metadata)
         # Router gradients are summed over the tensor group, whose ranks each hold a slice or a copy of the loss.
         weight = config.balance_loss_coeff / parallel.tensor_size
         return attach_loss(y, loss, self.context.loss_scale, weight) if weight > 0.0 else y
+
+    @property
+    def _normalization(self) -> Normalization:
+        config = self.context.config
+        return config.normalize_when if config.normalize_gates else "none"
 
     def _capacity(self, num_tokens: int) -> int | None:
         config = self.context.config

@@ -1,12 +1,18 @@
-"""Which expert takes which token: scores, choices, capacity, gates. Index-based: cost O(S * (E + k log kS)).
+"""Who gets through: capacity, drops and gates of choices already made. Index-based: cost O(S * E + k S log kS).
 
     S tokens of one rank's micro-batch   E experts   k choices per token   C capacity of one expert
+
+Which experts a token wants is the routers' business, see `megamoe.moe.routers`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+DropPolicy = Literal["position", "probability"]
+Normalization = Literal["none", "before_drops", "after_drops"]
 
 
 @dataclass(frozen=True)
@@ -55,40 +61,77 @@ def top_k_choices(scores: Tensor, top_k: int) -> Tensor:
     return torch.stack(choices, dim=1)
 
 
+def normalized(gate: Tensor) -> Tensor:
+    """gate [S, k], each row divided by its sum; a row of zeros stays one."""
+    total = gate.sum(dim=-1, keepdim=True)
+    # Zero over tiny is zero, but its gradient over tiny is infinite, and infinity times zero is not a number.
+    return gate / total.masked_fill(total < torch.finfo(gate.dtype).tiny, 1.0)
+
+
+def settle(
+    expert_index: Tensor,
+    gate: Tensor,
+    *,
+    num_experts: int,
+    capacity: int | None,
+    normalization: Normalization,
+    drop_policy: DropPolicy = "position",
+    scale: float = 1.0,
+) -> Routing:
+    """Fill the experts up to `capacity` (`None`: dropless) and weigh what is kept.
+
+    expert_index [S, k] are the wanted experts, best first; gate [S, k] their raw weights. An expert over capacity
+    keeps, by "position", all first choices in token order, then all second choices, and so on (GShard); by
+    "probability", the assignments of the largest raw weight, equal ones in that same order. Normalised "after_drops"
+    the gates of a token are divided by the sum of what is left: a token whose second expert is full gives its whole
+    weight to the first, one whose experts are all full gets none. Normalised "before_drops" what is dropped is lost.
+    `scale` multiplies the gates at the end.
+    """
+    kept = None
+    with torch.no_grad():
+        flat_expert = expert_index.t().reshape(-1)  # [k * S], choice-major: the order in which experts fill up
+        by_expert = flat_expert.argsort(stable=True)
+        tokens_per_expert = count_experts(flat_expert, num_experts)
+        if capacity is not None:
+            order = by_expert
+            if drop_policy == "probability":
+                by_weight = gate.detach().t().reshape(-1).argsort(stable=True, descending=True)
+                order = by_weight[flat_expert[by_weight].argsort(stable=True)]
+            queue_start = tokens_per_expert.cumsum(0) - tokens_per_expert
+            place = torch.arange(flat_expert.numel(), device=gate.device) - queue_start[flat_expert[order]]
+            flat_kept = torch.empty_like(place, dtype=torch.bool)
+            flat_kept[order] = place < capacity
+            kept = flat_kept.view(expert_index.shape[1], -1).t()
+            by_expert = by_expert[flat_kept[by_expert]]
+            tokens_per_expert = tokens_per_expert.clamp(max=capacity)
+    if normalization == "before_drops":
+        gate = normalized(gate)
+    if kept is None:
+        kept = torch.ones_like(expert_index, dtype=torch.bool)
+    else:
+        gate = gate * kept
+    if normalization == "after_drops":
+        gate = normalized(gate)
+    if scale != 1.0:
+        gate = gate * scale
+    return Routing(expert_index, gate, kept, by_expert, tokens_per_expert)
+
+
 def route(
     logits: Tensor, *, top_k: int, capacity: int | None, normalize: bool, probabilities: Tensor | None = None
 ) -> Routing:
     """Top-k routing by softmax probability, the GShard top-2 gate of Artetxe et al. (2021) at k = 2.
 
-    `logits` is [S, E] fp32. Experts fill up with all first choices in token order, then all second choices, and so
-    on; what exceeds `capacity` is dropped (`None`: dropless). With `normalize` the gates of a token are divided by
-    their sum *after* dropping: a token whose second expert is full gives its whole weight to the first, and a token
-    whose experts are all full gets none. `probabilities` may carry the softmax of the logits where it exists already.
+    `logits` is [S, E] fp32; see `settle` for capacity and `normalize` (after drops). `probabilities` may carry the
+    softmax of the logits where it exists already.
     """
     if probabilities is None:
         probabilities = logits.softmax(dim=-1)
-    num_tokens, num_experts = probabilities.shape
-    with torch.no_grad():
-        expert_index = top_k_choices(probabilities.detach(), top_k)
-        flat_expert = expert_index.t().reshape(-1)  # [k * S], choice-major: the order in which experts fill up
-        by_expert = flat_expert.argsort(stable=True)
-        demand = count_experts(flat_expert, num_experts)
-        if capacity is None:
-            kept = torch.ones_like(expert_index, dtype=torch.bool)
-            tokens_per_expert = demand
-        else:
-            sorted_expert = flat_expert[by_expert]
-            queue_start = demand.cumsum(0) - demand
-            place = torch.arange(flat_expert.numel(), device=logits.device) - queue_start[sorted_expert]
-            in_time = place < capacity
-            flat_kept = torch.empty_like(in_time)
-            flat_kept[by_expert] = in_time
-            kept = flat_kept.view(top_k, num_tokens).t()
-            by_expert = by_expert[in_time]
-            tokens_per_expert = demand.clamp(max=capacity)
-    gate = probabilities.gather(1, expert_index) * kept
-    if normalize:
-        total = gate.sum(dim=-1, keepdim=True)
-        # Zero over tiny is zero, but its gradient over tiny is infinite, and infinity times zero is not a number.
-        gate = gate / total.masked_fill(total < torch.finfo(gate.dtype).tiny, 1.0)
-    return Routing(expert_index, gate, kept, by_expert, tokens_per_expert)
+    expert_index = top_k_choices(probabilities.detach(), top_k)
+    return settle(
+        expert_index,
+        probabilities.gather(1, expert_index),
+        num_experts=probabilities.shape[1],
+        capacity=capacity,
+        normalization="after_drops" if normalize else "none",
+    )

@@ -12,6 +12,7 @@ from megamoe.model.gpt import GPT, build_model_chunks
 from megamoe.model.naming import LocalParameter, fill_initial, local_parameters
 from megamoe.model.parallel import ParallelGroups
 from megamoe.model.random import seed_generators
+from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.layer import EvaluationMode
 from megamoe.moe.losses import LossScale
 from megamoe.moe.statistics import LoadStatistics
@@ -37,6 +38,7 @@ class Trainer:
     aux_loss_scale: LossScale
     statistics: LoadStatistics
     evaluation: EvaluationMode
+    balance_bias: BalanceBias
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
@@ -45,6 +47,7 @@ class Trainer:
         """Advance by one optimizer step over `batch`, this rank's share of global_batch_size sequences."""
         rate = learning_rate(self.config.optimizer, self.step + 1, self.config.run.num_steps)
         result = train_step(self.schedule, self.engine, self.aux_loss_scale, batch, rate)
+        self.balance_bias.update((self.groups.tensor, self.groups.data), was_applied=result.was_applied)
         self.step += 1
         self.samples += global_batch_size
         return result
@@ -90,8 +93,14 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     seed_generators(config.run.seed, groups)
     aux_loss_scale, statistics = LossScale(), LoadStatistics(config.moe.num_experts)
     evaluation = EvaluationMode()
+    balance_bias = BalanceBias(config.moe.num_experts, config.moe.balance_bias_update_rate, device)
     chunks = build_model_chunks(
-        config, groups, loss_scale=aux_loss_scale, statistics=statistics, evaluation=evaluation
+        config,
+        groups,
+        loss_scale=aux_loss_scale,
+        statistics=statistics,
+        evaluation=evaluation,
+        balance_bias=balance_bias,
     )
     for chunk in chunks:
         chunk.to(device)
@@ -99,4 +108,6 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     fill_initial(parameters, config.run.seed)
     engine = create_engine(chunks, parameters, build_optimizer(parameters, config), config, groups)
     schedule = Schedule(chunks, groups, config.model.seq_length, config.run.micro_batch_size, device)
-    return Trainer(config, groups, chunks, parameters, engine, schedule, aux_loss_scale, statistics, evaluation)
+    return Trainer(
+        config, groups, chunks, parameters, engine, schedule, aux_loss_scale, statistics, evaluation, balance_bias
+    )

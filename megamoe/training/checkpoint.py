@@ -1,6 +1,6 @@
 """Resumable checkpoints of one layout: a folder per step, a safetensors file per rank, one JSON state.
 
-    step_00000100/rank_00000.safetensors   the rank's parameters by global name, optimizer state, random states
+    step_00000100/rank_00000.safetensors   parameters by global name, optimizer state, balance biases, random states
     step_00000100/state.json               step, samples, layout, loss scale
 
 A save is written under another name and renamed whole, then `latest` is replaced: a crash at any moment leaves the
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _PARAMETER, _TIED, _OPTIMIZER, _RANDOM = "parameter/", "tied_copy/", "optimizer/", "random/"
+_BALANCE_BIAS = "balance_bias/"
 
 
 def save_checkpoint(trainer: "Trainer", run_dir: str | os.PathLike[str]) -> Path:
@@ -128,6 +129,7 @@ def _tensors(trainer: "Trainer") -> dict[str, Tensor]:
         prefix = _TIED if local.tied_copy else _PARAMETER
         tensors[prefix + local.parameter.name] = local.view
     tensors |= {_OPTIMIZER + name: t for name, t in optimizer_tensors(trainer).items()}
+    tensors |= {f"{_BALANCE_BIAS}layers.{layer}": bias for layer, bias in trainer.balance_bias.by_layer.items()}
     tensors |= {_RANDOM + name: t for name, t in random_state().items()}
     return tensors
 

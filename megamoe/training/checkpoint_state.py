@@ -25,6 +25,8 @@ _MODEL = (
     "model.normalization", "model.norm_epsilon", "model.activation", "model.position_embedding", "model.rope_base",
     "model.qk_norm", "model.use_bias", "model.tie_embeddings", "model.scale_embeddings",
     "moe.num_experts", "moe.top_k", "moe.layer_pattern", "moe.expert_ffn_hidden_size", "moe.normalize_gates",
+    "moe.score_function", "moe.gate_order", "moe.routed_scaling_factor", "moe.num_expert_groups",
+    "moe.num_selected_groups",
 )  # fmt: skip
 # What a run may change without being another: nothing about it is worth a line.
 _FREE = ("run.dir", "run.num_steps", "run.device", "parallel.timeout_seconds", "checkpoint.", "monitor.")
@@ -77,7 +79,8 @@ def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
 def _differences(state: dict[str, Any], config: Config, keys: tuple[str, ...] | None) -> Iterator[str]:
     """ "key X there, Y here" for each of `keys` (None: all that is neither fixed nor free) whose values differ."""
     here = _flat(config.model_dump(mode="json"))
-    there = _flat(state["config"])
+    # A setting that the checkpoint does not know of yet did then what its default does now.
+    there = _flat(Config().model_dump(mode="json")) | _flat(state["config"])
     for key in sorted(here.keys() | there.keys()):
         fixed, free = key in _MODEL or key in _LAYOUT, key.startswith(_FREE)
         wanted = key in keys if keys is not None else not fixed and not free
