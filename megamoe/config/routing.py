@@ -59,3 +59,7 @@ def _check_dropless(moe: MoEConfig) -> None:
             "normalize_when before_drops means nothing with dropless true: use normalize_when after_drops, or "
             "dropless false"
         )
+    if moe.drop_policy == "probability":
+        raise ConfigError(
+            "drop_policy probability means nothing with dropless true: use drop_policy position, or dropless false"
+        )

@@ -64,6 +64,8 @@ class MoEConfig(Section):
     dropless: bool = False
     capacity_factor: Annotated[float, Field(gt=0.0)] = 1.0
     # capacity of one expert for one rank's micro-batch of S tokens: top_k * ceil(S / num_experts * capacity_factor)
+    drop_policy: Literal["position", "probability"] = "position"
+    # who is dropped over capacity: later tokens, second choices before first ones; or the least probable
     eval_capacity_factor: Annotated[float, Field(gt=0.0)] | None = None  # None: as in training
     eval_capacity_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     # capacity in evaluation as a share of the tokens: ceil(fraction * S), as the paper's runs were evaluated
@@ -77,7 +79,10 @@ class MoEConfig(Section):
     num_selected_groups: PositiveInt | None = None  # a token's experts are of this many groups
     balance_bias_update_rate: NonNegative = 0.0  # step of the selection bias that balances the load; 0: no bias
     balance_loss: Literal["first_choice", "all_choices"] = "first_choice"
+    balance_loss_scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"  # whose tokens are counted
     balance_loss_coeff: NonNegative = 0.01  # of the balance loss summed over MoE layers
+    z_loss_coeff: NonNegative = 0.0  # of the mean square of the routers' log-partition, summed over MoE layers
+    input_jitter: Probability = 0.0  # training: each router input times a draw from 1 - jitter to 1 + jitter
 
 
 class ParallelConfig(Section):

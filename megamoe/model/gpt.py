@@ -194,6 +194,8 @@ def _moe_context(
             expert_tensor_size=grid.expert_tensor,
             expert_tensor_rank=groups.coordinates.expert_tensor,
             sequence_parallel=config.parallel.sequence_parallel,
+            data_group=groups.data if grid.data > 1 else None,
+            data_size=grid.data,
         ),
         loss_scale=loss_scale,
         statistics=statistics,

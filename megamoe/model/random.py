@@ -5,16 +5,17 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megamoe.model.parallel import ParallelGroups
+from megamoe.moe.routers import JITTER_STATE
 from megamoe.topology.initial import seed_of
 
 TENSOR_PARALLEL_STATE = "model-parallel-rng"  # the name Megatron's layers fork
 
 
-def seed_generators(seed: int, groups: ParallelGroups) -> None:
-    """Seed this rank for dropout.
+def seed_generators(seed: int, groups: ParallelGroups, *, router_jitter: bool = False) -> None:
+    """Seed this rank for dropout and, where it is asked for, for the jitter of router inputs.
 
     Outside tensor-parallel regions the ranks of a tensor group must draw alike; inside them each draws its own. Data
-    ranks and pipeline stages always differ.
+    ranks and pipeline stages always differ. Routers draw apart where tensor ranks route slices, alike where copies.
     """
     at = groups.coordinates
     shared = seed_of(seed, f"dropout/{at.data}/{at.pipeline}")
@@ -26,6 +27,9 @@ def seed_generators(seed: int, groups: ParallelGroups) -> None:
     tracker = get_cuda_rng_tracker()
     tracker.reset()
     tracker.add(TENSOR_PARALLEL_STATE, own)
+    if router_jitter:
+        slice_number = at.tensor if groups.grid.expert_tensor == 1 else 0
+        tracker.add(JITTER_STATE, seed_of(seed, f"router_jitter/{at.data}/{at.pipeline}/{slice_number}"))
 
 
 def random_state() -> dict[str, torch.Tensor]:

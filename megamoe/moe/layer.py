@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups as deepspeed_groups
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
 from torch import Tensor, nn
 
 from megamoe.config.schema import MoEConfig
 from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.dispatch import combine, dispatch
 from megamoe.moe.experts import StackedExperts
-from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share
-from megamoe.moe.routers import build_router
-from megamoe.moe.routing import Normalization, expert_capacity, settle
+from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share, z_loss
+from megamoe.moe.routers import JITTER_STATE, build_router
+from megamoe.moe.routing import Normalization, Routing, expert_capacity, settle
 from megamoe.moe.statistics import LoadStatistics
 
 
@@ -40,6 +40,8 @@ class ExpertParallel:
     expert_tensor_size: int
     expert_tensor_rank: int
     sequence_parallel: bool
+    data_group: dist.ProcessGroup | None = None
+    data_size: int = 1
 
 
 @dataclass
@@ -77,15 +79,25 @@ def expert_group_name(expert_parallel_size: int) -> str:
 
 
 class Router(nn.Module):
-    """A bias-free linear map to one score per expert: weight [E, h]."""
+    """A bias-free linear map to one score per expert: weight [E, h].
+
+    With `input_jitter` the input is multiplied, in training, by draws from U(1 - jitter, 1 + jitter) (Switch, 2021,
+    section 2.2). They come from a random state of Megatron's tracker, which recompute rewinds and checkpoints hold.
+    """
 
     def __init__(self, context: MoEContext) -> None:
         super().__init__()
         shape = (context.config.num_experts, context.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=context.dtype, device=context.device))
+        self.input_jitter = context.config.input_jitter
 
     def forward(self, x: Tensor) -> Tensor:
         """x [S, h] -> logits [S, E] fp32. The product runs in the model's dtype, as in Artetxe et al.'s code."""
+        if self.input_jitter > 0.0 and self.training:
+            with get_cuda_rng_tracker().fork(JITTER_STATE):
+                factor = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+                factor.uniform_(1.0 - self.input_jitter, 1.0 + self.input_jitter)
+            x = (x.float() * factor).to(x.dtype)
         return nn.functional.linear(x, self.weight).float()
 
 
@@ -128,41 +140,59 @@ class MoELayer(DeepSpeedMoE):
     def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
         """hidden [s, b, h] (a slice of s under sequence parallelism) -> the same shape, and no separate bias."""
         x = self._enter(hidden)
-        y = self._route_and_apply(x.reshape(-1, x.shape[-1])).view_as(x)
+        y = self._route_and_apply(x.reshape(-1, x.shape[-1]), num_sequences=x.shape[1]).view_as(x)
         return self._leave(y), None
 
-    def _route_and_apply(self, x: Tensor) -> Tensor:
-        """x [S, h] -> [S, h]."""
-        config, parallel = self.context.config, self.context.parallel
-        bias = self.context.balance_bias
+    def _route_and_apply(self, x: Tensor, *, num_sequences: int) -> Tensor:
+        """x [S, h], token t of sequence t % num_sequences -> [S, h]."""
+        parallel = self.context.parallel
+        routing, losses = self._route(x, num_sequences)
+        buffer, metadata = dispatch(x, routing, parallel.expert_group)
+        y = combine(self.experts(buffer, metadata.rows_per_expert), routing, metadata)
+        for loss, coefficient in losses:
+            # Router gradients are summed over the tensor group, whose ranks each hold a slice or a copy of the loss.
+            y = attach_loss(y, loss, self.context.loss_scale, coefficient / parallel.tensor_size)
+        return y
+
+    def _route(self, x: Tensor, num_sequences: int) -> tuple[Routing, list[tuple[Tensor, float]]]:
+        """The decision for x [S, h], and the losses it costs with their coefficients, those above 0."""
+        config, bias = self.context.config, self.context.balance_bias
         logits = self.router(x)
         choice = self.choose(logits, bias.of(self.layer) if bias is not None else None)
-        probabilities = choice.probabilities
         routing = settle(
             choice.expert_index,
             choice.gate,
             num_experts=self.num_experts,
             capacity=self._capacity(x.shape[0]),
             normalization=self._normalization,
+            drop_policy=config.drop_policy,
             scale=config.routed_scaling_factor,
         )
-        share = choice_share(routing.expert_index, self.num_experts, config.balance_loss)
-        if parallel.tensor_group is not None and parallel.expert_tensor_size == 1:
-            # The slices of one micro-batch are counted together: the loss does not depend on the tensor layout.
-            dist.all_reduce(share, group=parallel.tensor_group)
-            share /= parallel.tensor_size
-        loss = balance_loss(probabilities, routing.expert_index, config.balance_loss, share=share)
+        groups = num_sequences if config.balance_loss_scope == "sequence" else 1
+        share = self._choice_share(choice.expert_index, groups)
+        balance = balance_loss(
+            choice.probabilities, choice.expert_index, config.balance_loss, share=share, num_sequences=groups
+        )
+        z = z_loss(logits) if config.z_loss_coeff > 0.0 else None
         # Under recompute the forward pass runs twice, first without gradients: that one is not counted.
         if torch.is_grad_enabled() or not self.training:
-            self.context.statistics.record(self.layer, routing, loss)
+            self.context.statistics.record(self.layer, routing, balance, z_loss=z, logits=logits)
             if bias is not None and self.training:
                 bias.record(self.layer, routing.expert_index)
+        losses = [(balance, config.balance_loss_coeff)] if config.balance_loss_coeff > 0.0 else []
+        return routing, losses if z is None else [*losses, (z, config.z_loss_coeff)]
 
-        buffer, metadata = dispatch(x, routing, parallel.expert_group)
-        y = combine(self.experts(buffer, metadata.rows_per_expert), routing, metadata)
-        # Router gradients are summed over the tensor group, whose ranks each hold a slice or a copy of the loss.
-        weight = config.balance_loss_coeff / parallel.tensor_size
-        return attach_loss(y, loss, self.context.loss_scale, weight) if weight > 0.0 else y
+    def _choice_share(self, expert_index: Tensor, num_sequences: int) -> Tensor:
+        """Shares of choices over all ranks that the scope of the balance loss spans: no loss depends on the layout."""
+        config, parallel, num_ranks = self.context.config, self.context.parallel, 1
+        share = choice_share(expert_index, self.num_experts, config.balance_loss, num_sequences=num_sequences)
+        if parallel.tensor_group is not None and parallel.expert_tensor_size == 1:
+            dist.all_reduce(share, group=parallel.tensor_group)  # the slices of one micro-batch are counted together
+            num_ranks *= parallel.tensor_size
+        if parallel.data_group is not None and config.balance_loss_scope == "global_batch":
+            dist.all_reduce(share, group=parallel.data_group)
+            num_ranks *= parallel.data_size
+        return share / num_ranks
 
     @property
     def _normalization(self) -> Normalization:

@@ -10,26 +10,46 @@ from megamoe.moe.routing import count_experts
 BalanceKind = Literal["first_choice", "all_choices"]
 
 
-def choice_share(expert_index: Tensor, num_experts: int, kind: BalanceKind) -> Tensor:
-    """Share [E] of the tokens' choices [S, k] that fell on each expert, before dropping: first choices, or all."""
+def choice_share(expert_index: Tensor, num_experts: int, kind: BalanceKind, *, num_sequences: int = 1) -> Tensor:
+    """Share [E] of the tokens' choices [S, k] that fell on each expert, before dropping: first choices, or all.
+
+    With `num_sequences` b, token t is of sequence t % b, and the result [b * E] holds the shares of one after another.
+    """
     counted = expert_index[:, :1] if kind == "first_choice" else expert_index
-    return count_experts(counted, num_experts) / max(1, counted.numel())
+    if num_sequences > 1:
+        sequence = torch.arange(counted.shape[0], device=counted.device).remainder_(num_sequences)
+        counted = counted + num_experts * sequence.unsqueeze(1)
+    return count_experts(counted, num_sequences * num_experts) / max(1, counted.numel() // num_sequences)
 
 
 def balance_loss(
-    probabilities: Tensor, expert_index: Tensor, kind: BalanceKind, *, share: Tensor | None = None
+    probabilities: Tensor,
+    expert_index: Tensor,
+    kind: BalanceKind,
+    *,
+    share: Tensor | None = None,
+    num_sequences: int = 1,
 ) -> Tensor:
     """E * sum_e m_e * c_e, a scalar that is 1 when the load is even.
 
     m_e is the mean probability of expert e over the S tokens of `probabilities` [S, E]; c_e the share of choices it
     got (`expert_index` [S, k]): first choices only as in GShard and Artetxe et al. (2021), or all of them as in
     Switch and Hugging Face. `share` [E] overrides c, where the tokens are one slice of a larger set whose choices
-    were counted together: the mean of the slices' losses is then the loss of the set, as it is linear in m.
+    were counted together: the mean of the slices' losses is then the loss of the set, as it is linear in m. That set
+    is the micro-batch (tensor slices), or with global scope the micro-batches of all data ranks (Qiu et al., 2025,
+    "Demons in the Detail"). `num_sequences` b: the mean of the losses of b sequences, each balanced in itself
+    (DeepSeek-V3, eq. 17-20), tokens and share laid out as in `choice_share`.
     """
     num_experts = probabilities.shape[1]
     if share is None:
-        share = choice_share(expert_index, num_experts, kind)
-    return num_experts * (probabilities.mean(dim=0) * share).sum()
+        share = choice_share(expert_index, num_experts, kind, num_sequences=num_sequences)
+    mean = probabilities.unflatten(0, (-1, num_sequences)).mean(dim=0).reshape(-1)
+    return num_experts * (mean * share).sum() / num_sequences
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean over tokens of (log sum_e exp z_e)^2, logits z [S, E]: keeps router logits small (ST-MoE, 2022, eq. 5)."""
+    return logits.logsumexp(dim=-1).square().mean()
 
 
 class LossScale:

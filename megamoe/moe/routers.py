@@ -17,6 +17,8 @@ from torch import Tensor
 from megamoe.config.schema import MoEConfig
 from megamoe.moe.routing import top_k_choices
 
+JITTER_STATE = "router-jitter"  # the random state, in Megatron's tracker, that jitters router inputs
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -7,15 +7,25 @@ from torch import Tensor
 
 from megamoe.moe.routing import Routing, count_experts
 
+SUMS = ("balance_loss", "z_loss", "logit_square")  # what is summed over micro-batches
+
 
 @dataclass(frozen=True)
 class LayerLoad:
     """What one rank counted for one layer since the last reset."""
 
     demand: Tensor  # [E] fp64: choices that fell on each expert, dropped ones too
-    dropped: Tensor  # scalar fp64: assignments that found their expert full
-    balance_loss: Tensor  # scalar fp64: sum over micro-batches
+    dropped_by_choice: Tensor  # [k] fp64: first, second, … choices that found their expert full
+    sums: Tensor  # [3] fp64, in the order of SUMS
     num_micro_batches: int
+
+    @property
+    def dropped(self) -> Tensor:
+        return self.dropped_by_choice.sum()
+
+    @property
+    def balance_loss(self) -> Tensor:
+        return self.sums[0]
 
 
 class LoadStatistics:
@@ -29,16 +39,27 @@ class LoadStatistics:
         self._loads: dict[int, LayerLoad] = {}
 
     @torch.no_grad()
-    def record(self, layer: int, routing: Routing, loss: Tensor) -> None:
-        """Add one micro-batch of 0-based `layer`."""
+    def record(
+        self,
+        layer: int,
+        routing: Routing,
+        loss: Tensor,
+        *,
+        z_loss: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> None:
+        """Add one micro-batch of 0-based `layer`: its routing, its losses, its router logits [S, E]."""
         demand = count_experts(routing.expert_index, self.num_experts).double()
-        dropped = routing.kept.numel() - routing.kept.sum(dtype=torch.float64)
+        dropped = routing.kept.shape[0] - routing.kept.sum(dim=0, dtype=torch.float64)
+        nothing = torch.zeros((), dtype=torch.float64, device=demand.device)
+        square = nothing if logits is None else logits.norm().double().square() / max(1, logits.numel())
+        sums = torch.stack([loss.double(), nothing if z_loss is None else z_loss.double(), square])
+        count = 1
         before = self._loads.get(layer)
         if before is not None:
-            demand += before.demand
-            dropped += before.dropped
-        total = loss.detach().double() + (before.balance_loss if before is not None else 0.0)
-        self._loads[layer] = LayerLoad(demand, dropped, total, (before.num_micro_batches if before else 0) + 1)
+            demand, dropped, sums = demand + before.demand, dropped + before.dropped_by_choice, sums + before.sums
+            count += before.num_micro_batches
+        self._loads[layer] = LayerLoad(demand, dropped, sums, count)
 
     def take(self) -> dict[int, LayerLoad]:
         """The loads since the last call, by layer; counting starts anew."""

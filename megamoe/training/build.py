@@ -90,7 +90,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     """
     cpu_bridge.apply()
     groups = create_groups(config.parallel)
-    seed_generators(config.run.seed, groups)
+    seed_generators(config.run.seed, groups, router_jitter=config.moe.num_experts > 0 and config.moe.input_jitter > 0.0)
     aux_loss_scale, statistics = LossScale(), LoadStatistics(config.moe.num_experts)
     evaluation = EvaluationMode()
     balance_bias = BalanceBias(config.moe.num_experts, config.moe.balance_bias_update_rate, device)

@@ -13,7 +13,14 @@ from megamoe.training.build import Trainer
 from megamoe.training.checkpoint import save_checkpoint
 from megamoe.training.loop import local_batch
 from megamoe.training.lr_schedule import learning_rate
-from megamoe.training.report import LossMeter, load_report, peak_memory_bytes, state_bytes
+from megamoe.training.report import (
+    LossMeter,
+    load_loss,
+    load_metrics,
+    load_report,
+    peak_memory_bytes,
+    state_bytes,
+)
 from megamoe.training.step import StepResult
 
 Record = Callable[[dict[str, Any]], None]  # takes metrics on rank 0, does nothing elsewhere
@@ -97,10 +104,9 @@ class Reporter(BaseHook):
         config = trainer.config
         lm_loss, load = self._losses.mean(trainer.groups), load_report(trainer)
         samples = trainer.samples - self._last_samples
-        aux = load.balance_loss if load else 0.0
         metrics = {
             "step": trainer.step,
-            "loss": lm_loss + config.moe.balance_loss_coeff * aux if load else lm_loss,
+            "loss": lm_loss + load_loss(config.moe, load),
             "lm_loss": lm_loss,
             "perplexity": perplexity(lm_loss),
             "lr": learning_rate(config.optimizer, trainer.step, config.run.num_steps),
@@ -114,11 +120,7 @@ class Reporter(BaseHook):
             "memory_bytes": peak_memory_bytes(trainer.groups),
         }
         if load:
-            metrics |= {
-                "aux_loss": aux,
-                "dropped_fraction": load.dropped_fraction,
-                "expert_load_max_over_mean": load.max_over_mean,
-            }
+            metrics |= load_metrics(config.moe, load)
         if config.run.precision == "fp16":
             metrics["loss_scale"] = trainer.engine.current_loss_scale
         return metrics

@@ -1,9 +1,10 @@
 """What a run records and shows: `metrics.jsonl`, one readable line per interval, a progress bar. No torch here.
 
 Keys of a training line: step, loss, lm_loss, aux_loss, perplexity, grad_norm, lr, tokens_per_second, step_seconds,
-samples, tokens, dropped_fraction, expert_load_max_over_mean, skipped_steps, memory_bytes, loss_scale,
-global_batch_size. A validation line has step, valid_loss, valid_perplexity. More keys may be added; none is required
-but `step`.
+samples, tokens, skipped_steps, memory_bytes, loss_scale, global_batch_size; with experts z_loss, dropped_fraction,
+dropped_first_fraction, dropped_second_fraction, unused_experts, router_logit_rms and expert_load_max_over_mean,
+_entropy, _top_fifth, _bottom_fifth (megamoe.training.report says what they are). A validation line has step,
+valid_loss, valid_perplexity. More keys may be added; none is required but `step`.
 """
 
 import json
@@ -129,6 +130,7 @@ _COLUMNS = (
     ("aux_loss", "aux", _number(4, 6)),
     ("dropped_fraction", "dropped", lambda value: f"{value:5.1%}"),
     ("expert_load_max_over_mean", "load max/mean", _number(2, 4)),
+    ("unused_experts", "unused", str),
     ("skipped_steps", "skipped", str),
     ("loss_scale", "scale", lambda value: f"{value:g}"),
     ("memory_bytes", "memory", lambda value: f"{value / 2**30:.2f} GiB"),

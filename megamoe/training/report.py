@@ -1,5 +1,6 @@
 """From what each rank saw to what the run reports: losses, loads, memory, reduced over all ranks at an interval."""
 
+import math
 import resource
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -8,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.config.schema import MoEConfig
 from megamoe.model.parallel import ParallelGroups
-from megamoe.moe.statistics import LoadStatistics
+from megamoe.moe.statistics import SUMS, LoadStatistics
 from megamoe.topology.parameters import moe_layers
 
 if TYPE_CHECKING:
@@ -41,40 +43,86 @@ class LossMeter:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Loads of all MoE layers over all ranks since the last report."""
+    """Loads of all MoE layers over all ranks since the last report. Shares of load are means over the layers."""
 
     balance_loss: float  # mean over micro-batches, summed over layers; equals the number of MoE layers when even
+    z_loss: float  # likewise; 0 where it is off
     dropped_fraction: float  # of all assignments
+    dropped_by_choice: list[float]  # of the first choices, of the second ones, …
     max_over_mean: float  # demand of the fullest expert over the mean, of the least even layer
+    entropy: float  # of the demand over its largest value log E: 1 when even, 0 when one expert has all
+    top_fifth_share: float  # of the demand that fell on the fullest fifth of the experts
+    bottom_fifth_share: float
+    unused_experts: int  # experts of all layers that nobody chose
+    router_logit_rms: float  # root mean square
     by_layer: dict[int, list[float]] = field(default_factory=dict)  # layer -> demand of each expert
 
 
 def load_report(trainer: "Trainer") -> LoadReport | None:
-    """Take and reduce the statistics; None for a dense model. Collective over all ranks."""
+    """Take and reduce the statistics, in one all-reduce; None for a dense model. Collective over all ranks."""
     config = trainer.config
     layers = moe_layers(config.model, config.moe)
     if not layers:
         return None
-    rows = _local_rows(trainer.statistics, layers, config.moe.num_experts)
+    rows = _local_rows(trainer.statistics, layers, config.moe.num_experts, config.moe.top_k)
     dist.all_reduce(rows, group=trainer.groups.world)
-    demand, (dropped, loss, count) = rows[:, :-3], rows[:, -3:].unbind(1)
-    total = demand.sum()
+    return summarize(rows.cpu(), layers, config.moe.num_experts, config.moe.top_k)
+
+
+def summarize(rows: Tensor, layers: tuple[int, ...], num_experts: int, top_k: int) -> LoadReport:
+    """rows [MoE layers, E + k + sums + 1] as `_local_rows` lays them out, summed over ranks -> the report."""
+    demand, dropped, sums, count = rows.split([num_experts, top_k, len(SUMS), 1], dim=1)
+    balance, z, square = (sums / count.clamp(min=1)).unbind(1)
+    total = demand.sum().clamp(min=1)
+    share = demand / demand.sum(dim=1, keepdim=True).clamp(min=1)
+    ordered, fifth = share.sort(dim=1).values, math.ceil(num_experts / 5)
     return LoadReport(
-        balance_loss=float((loss / count.clamp(min=1)).sum()),
-        dropped_fraction=float(dropped.sum() / total.clamp(min=1)),
+        balance_loss=float(balance.sum()),
+        z_loss=float(z.sum()),
+        dropped_fraction=float(dropped.sum() / total),
+        dropped_by_choice=(dropped.sum(dim=0) / (total / top_k)).tolist(),
         max_over_mean=float((demand.amax(1) / demand.mean(1).clamp(min=1e-9)).max()),
+        entropy=float(torch.special.entr(share).sum(dim=1).mean()) / math.log(max(2, num_experts)),
+        top_fifth_share=float(ordered[:, -fifth:].sum(dim=1).mean()),
+        bottom_fifth_share=float(ordered[:, :fifth].sum(dim=1).mean()),
+        unused_experts=int((demand == 0).sum()),
+        router_logit_rms=float(square.sqrt().mean()),
         by_layer={layer: demand[row].tolist() for row, layer in enumerate(layers)},
     )
 
 
-def _local_rows(statistics: LoadStatistics, layers: tuple[int, ...], num_experts: int) -> Tensor:
-    """[MoE layers, E + 3] fp64: demand of each expert, dropped, sum of balance losses, number of micro-batches."""
-    rows = torch.zeros((len(layers), num_experts + 3), dtype=torch.float64, device=_device())
+def load_loss(moe: MoEConfig, load: LoadReport | None) -> float:
+    """What routing adds to the language loss."""
+    return moe.balance_loss_coeff * load.balance_loss + moe.z_loss_coeff * load.z_loss if load else 0.0
+
+
+def load_metrics(moe: MoEConfig, load: LoadReport) -> dict[str, float]:
+    """The keys of a training line that tell of routing."""
+    metrics = {
+        "aux_loss": load.balance_loss,
+        "dropped_fraction": load.dropped_fraction,
+        "dropped_first_fraction": load.dropped_by_choice[0],
+        "expert_load_max_over_mean": load.max_over_mean,
+        "expert_load_entropy": load.entropy,
+        "expert_load_top_fifth": load.top_fifth_share,
+        "expert_load_bottom_fifth": load.bottom_fifth_share,
+        "unused_experts": load.unused_experts,
+        "router_logit_rms": load.router_logit_rms,
+    }
+    if moe.top_k > 1:
+        metrics["dropped_second_fraction"] = load.dropped_by_choice[1]
+    if moe.z_loss_coeff > 0.0:
+        metrics["z_loss"] = load.z_loss
+    return metrics
+
+
+def _local_rows(statistics: LoadStatistics, layers: tuple[int, ...], num_experts: int, top_k: int) -> Tensor:
+    """[MoE layers, E + k + sums + 1] fp64: demand of each expert, drops of each choice, SUMS, micro-batches."""
+    rows = torch.zeros((len(layers), num_experts + top_k + len(SUMS) + 1), dtype=torch.float64, device=_device())
     for layer, load in statistics.take().items():
         row = rows[layers.index(layer)]
-        row[:num_experts] = load.demand
-        row[num_experts], row[num_experts + 1] = load.dropped, load.balance_loss
-        row[num_experts + 2] = load.num_micro_batches
+        row[:-1] = torch.cat([load.demand, load.dropped_by_choice, load.sums])
+        row[-1] = load.num_micro_batches
     return rows
 
 

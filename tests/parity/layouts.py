@@ -54,6 +54,8 @@ _MODERN = (
     "moe.balance_loss=all_choices",
 )
 _CAPACITY = ("moe.dropless=false",)
+_BIAS = ("moe.score_function=sigmoid", "moe.balance_bias_update_rate=0.01")
+_GROUPS = ("moe.num_expert_groups=4", "moe.num_selected_groups=2")
 
 MODELS: dict[str, tuple[str, ...]] = {
     "paper": _BASE,
@@ -78,6 +80,20 @@ MODELS: dict[str, tuple[str, ...]] = {
         "moe.num_experts=8",
         "moe.top_k=3",
         "moe.normalize_gates=false",
+    ),
+    # The other routers and losses.
+    "switch_capacity": (*_BASE, *_CAPACITY, "moe.num_experts=8", "moe.top_k=1", "moe.normalize_gates=false"),
+    "top4": (*_MODERN, "moe.num_experts=8", "moe.top_k=4", "moe.balance_loss_scope=sequence"),
+    "top8": (*_MODERN, "moe.num_experts=16", "moe.top_k=8", "moe.gate_order=select_then_softmax"),
+    "bias": (*_MODERN, *_BIAS, "moe.num_experts=8", "moe.layer_pattern=1", "moe.routed_scaling_factor=1.5"),
+    "grouped_bias": (*_MODERN, *_BIAS, *_GROUPS, "moe.num_experts=8", "moe.balance_loss_scope=sequence"),
+    "grouped": (*_BASE, *_GROUPS, "moe.num_experts=8", "moe.z_loss_coeff=0.02"),
+    "probability_capacity": (
+        *_BASE,
+        *_CAPACITY,
+        "moe.drop_policy=probability",
+        "moe.normalize_when=before_drops",
+        "moe.z_loss_coeff=0.02",
     ),
 }
 
@@ -181,6 +197,18 @@ LAYOUTS: tuple[ParityLayout, ...] = (
     _layout(4, "modern", "ep4 zero2 batch=16"),
     _layout(4, "modern_capacity", "tp2 etp2 ep2 sp zero1"),
     _layout(4, "modern_dense", "pp4 zero1 clip=0.5"),
+    # routers, drops and losses beside the paper's
+    _layout(1, "switch_capacity", "zero1"),
+    _layout(1, "top8", "zero0"),
+    _layout(2, "bias", "ep2 zero1"),
+    _layout(2, "grouped_bias", "tp2 ep2 sp zero1"),
+    _layout(2, "probability_capacity", "tp2 zero1"),
+    _layout(4, "top4", "tp2 ep2 sp zero1 clip=0.5"),
+    _layout(4, "top8", "pp2 ep2 zero1 clip=0.5"),
+    _layout(4, "bias", "tp2 pp2 etp2 zero1 recompute=full"),
+    _layout(4, "bias", "tp2 ep4 sp zero2"),
+    _layout(4, "grouped", "ep4 zero2 clip=0.5"),
+    _layout(4, "probability_capacity", "pp2 ep2 zero1"),
     # eight ranks: three and more
     _layout(8, "paper", "tp2 pp2 ep2 sp zero1"),
     _layout(8, "paper_capacity", "tp2 pp2 ep2 zero1 clip=0.5 recompute=full"),

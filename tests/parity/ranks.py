@@ -34,6 +34,7 @@ class RankOutcome:
     grad_norms: list[float]
     dropped_fractions: list[float]
     applied: list[bool]
+    biases: list[dict[int, list[float]]]  # by step: layer -> bias of each expert, of this rank's layers
     initial: list[Piece]
     final: list[Piece]
 
@@ -69,13 +70,14 @@ def train_layout(config: Config, batches: np.ndarray) -> RankOutcome:
                 result.grad_norm,
                 load.dropped_fraction if load else 0.0,
                 result.was_applied,
+                {layer: bias.tolist() for layer, bias in trainer.balance_bias.by_layer.items()},
             )
         )
     final = pieces(trainer)
     dist.barrier()  # a rank that leaves early would break the connections of the others
     trainer.close()
-    lm, balance, norms, dropped, applied = (list(column) for column in zip(*steps, strict=True))
-    return RankOutcome(lm, balance, norms, dropped, applied, initial, final)
+    lm, balance, norms, dropped, applied, biases = (list(column) for column in zip(*steps, strict=True))
+    return RankOutcome(lm, balance, norms, dropped, applied, biases, initial, final)
 
 
 def share(trainer: Trainer, batch: np.ndarray) -> Batch:

@@ -10,12 +10,14 @@ Shapes: b sequences, s positions, d hidden, T = s * b tokens with the position s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megamoe.config.schema import Config, ModelConfig, MoEConfig
+from tests.parity.mixture_reference import Mixed, mixture, next_bias
 
 MicroBatch = tuple[Tensor, Tensor]  # tokens [b, s], labels [b, s]
 Weights = dict[str, Tensor]
@@ -96,73 +98,39 @@ def feed_forward(x: Tensor, weights: Weights, name: str, activation: str, expert
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh" if activation == "gelu_tanh" else "none"), w2, b2)
 
 
-def fits(choices: list[list[int]], num_experts: int, capacity: int) -> list[list[bool]]:
-    """Which choices of one rank's tokens find room: all first choices by position, then all second ones, ..."""
-    room = [capacity] * num_experts
-    kept = [[False] * len(row) for row in choices]
-    for j in range(len(choices[0])):
-        for token, row in enumerate(choices):
-            kept[token][j] = room[row[j]] > 0
-            room[row[j]] -= 1
-    return kept
-
-
-def mixture(
-    x: Tensor, weights: Weights, layer: str, model: ModelConfig, moe: MoEConfig, num_slices: int
-) -> tuple[Tensor, Tensor, int]:
-    """The MoE layer on tokens x [T, d] that `num_slices` ranks route a slice each: output, balance loss, drops."""
-    num_tokens, num_experts = len(x), moe.num_experts
-    probabilities = F.linear(x.float(), weights[f"{layer}.router.weight"].float()).softmax(-1)  # [T, E]
-    choices = probabilities.sort(dim=-1, descending=True, stable=True).indices[:, : moe.top_k]  # [T, k]
-    counted = choices[:, :1] if moe.balance_loss == "first_choice" else choices
-    share = torch.bincount(counted.flatten(), minlength=num_experts) / counted.numel()
-    balance_loss = num_experts * (probabilities.mean(0) * share).sum()
-
-    kept = torch.ones_like(choices, dtype=torch.bool)
-    if not moe.dropless:
-        routed = num_tokens // num_slices  # tokens of one rank
-        capacity = moe.top_k * math.ceil(moe.capacity_factor * routed / num_experts)
-        kept = torch.tensor([row for s in choices.split(routed) for row in fits(s.tolist(), num_experts, capacity)])
-    gates = probabilities.gather(1, choices) * kept  # normalised only after the drops
-    if moe.normalize_gates:
-        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-
-    output = torch.zeros(x.shape)
-    for e in range(num_experts):
-        token, j = ((choices == e) & kept).nonzero(as_tuple=True)
-        answer = feed_forward(x[token], weights, f"{layer}.experts", model.activation, expert=e)
-        output = output.index_add(0, token, gates[token, j][:, None] * answer.float())
-    return output.to(x.dtype), balance_loss, int((~kept).sum())
-
-
 def is_moe(layer: int, moe: MoEConfig) -> bool:
     if isinstance(moe.layer_pattern, int):
         return moe.num_experts > 0 and (layer + 1) % moe.layer_pattern == 0
     return moe.num_experts > 0 and layer in moe.layer_pattern
 
 
-def forward(config: Config, weights: Weights, tokens: Tensor, num_slices: int = 1) -> tuple[Tensor, Tensor, int]:
-    """Logits [b, s, V] in fp32, balance loss summed over the MoE layers, dropped assignments, for tokens [b, s]."""
+def forward(
+    config: Config, weights: Weights, tokens: Tensor, num_slices: int = 1, biases: dict[int, Tensor] | None = None
+) -> tuple[Tensor, dict[int, Mixed]]:
+    """Logits [b, s, V] in fp32 and what each MoE layer made, for tokens [b, s]; `biases` [E] by layer."""
     model, (b, s) = config.model, tokens.shape
     x = weights["embedding.weight"][tokens]
     if model.scale_embeddings:
         x = x * math.sqrt(model.hidden_size)
     if model.position_embedding == "sinusoidal":
         x = x + sinusoids(s, model.hidden_size).to(x.dtype)
-    balance_loss, num_dropped = torch.zeros(()), 0
+    mixed: dict[int, Mixed] = {}
     for i in range(model.num_layers):
         layer = f"layers.{i}"
         x = x + attention(norm(x, weights, f"{layer}.attention_norm", model), weights, layer, model)
         h = norm(x, weights, f"{layer}.ffn_norm", model)
         if is_moe(i, config.moe):
             flat = h.transpose(0, 1).reshape(s * b, -1)
-            out, layer_loss, drops = mixture(flat, weights, layer, model, config.moe, num_slices)
-            x = x + out.view(s, b, -1).transpose(0, 1)
-            balance_loss, num_dropped = balance_loss + layer_loss, num_dropped + drops
+            bias = biases.get(i) if biases else None
+            mixed[i] = mixture(
+                flat, weights, layer, config.moe, partial(feed_forward, activation=model.activation),
+                num_slices=num_slices, num_sequences=b, bias=bias,
+            )  # fmt: skip
+            x = x + mixed[i].output.view(s, b, -1).transpose(0, 1)
         else:
             x = x + feed_forward(h, weights, f"{layer}.ffn", model.activation)
     head = weights["embedding.weight" if model.tie_embeddings else "output.weight"]
-    return F.linear(norm(x, weights, "final_norm", model), head).float(), balance_loss, num_dropped
+    return F.linear(norm(x, weights, "final_norm", model), head).float(), mixed
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -190,6 +158,7 @@ class StepResult:
     grad_norm: float
     num_dropped: int  # choices without room, over all layers and micro-batches
     lr: float
+    biases: dict[int, Tensor]  # layer -> [E], where the load is balanced by bias
 
 
 class ReferenceRun:
@@ -201,6 +170,8 @@ class ReferenceRun:
         self.config, self.dtype, self.num_steps = config, dtype, 0
         self.weights = {name: w.detach().clone().float().requires_grad_() for name, w in weights.items()}
         self.optimizer = self._optimizer()
+        layers = range(config.model.num_layers if config.moe.balance_bias_update_rate else 0)
+        self.biases = {i: torch.zeros(config.moe.num_experts) for i in layers if is_moe(i, config.moe)}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         o, groups = self.config.optimizer, []
@@ -217,16 +188,22 @@ class ReferenceRun:
 
     def step(self, batch: Sequence[Sequence[MicroBatch]]) -> StepResult:
         """One optimizer step on batch[data rank][micro-batch]; every micro-batch counts the same."""
-        o, micro_batches = self.config.optimizer, [m for rank in batch for m in rank]
+        o, moe, micro_batches = self.config.optimizer, self.config.moe, [m for rank in batch for m in rank]
+        loads = {i: torch.zeros_like(bias) for i, bias in self.biases.items()}
         lm_sum, balance_sum, num_dropped = 0.0, 0.0, 0
         self.optimizer.zero_grad()
         for tokens, labels in micro_batches:
             cast = {name: w.to(self.dtype) for name, w in self.weights.items()}
-            logits, balance_loss, drops = forward(self.config, cast, tokens, self.num_slices)
+            logits, mixed = forward(self.config, cast, tokens, self.num_slices, self.biases)
+            balance_loss, routing_loss = (sum((f(m) for m in mixed.values()), torch.zeros(())) for f in (
+                lambda m: m.balance_loss,
+                lambda m: moe.balance_loss_coeff * m.balance_loss + moe.z_loss_coeff * m.z_loss,
+            ))  # fmt: skip
             lm_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-            ((lm_loss + self.config.moe.balance_loss_coeff * balance_loss) / len(micro_batches)).backward()
+            ((lm_loss + routing_loss) / len(micro_batches)).backward()
             lm_sum, balance_sum = lm_sum + lm_loss.item(), balance_sum + balance_loss.item()
-            num_dropped += drops
+            num_dropped += sum(m.num_dropped for m in mixed.values())
+            loads = {i: load + mixed[i].load for i, load in loads.items()}
         if o.expert_grad_scaling == "sqrt_world_size":
             sharing = o.expert_grad_world_size or self.config.parallel.expert_parallel_size
             for name, weight in self.weights.items():
@@ -242,6 +219,8 @@ class ReferenceRun:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self.optimizer.step()
+        rate = moe.balance_bias_update_rate
+        self.biases = {i: next_bias(bias, loads[i], rate) for i, bias in self.biases.items()}
         lm_mean, balance_mean = lm_sum / len(micro_batches), balance_sum / len(micro_batches)
-        total = lm_mean + self.config.moe.balance_loss_coeff * balance_mean
-        return StepResult(lm_mean, balance_mean, total, grad_norm, num_dropped, lr)
+        total = lm_mean + moe.balance_loss_coeff * balance_mean
+        return StepResult(lm_mean, balance_mean, total, grad_norm, num_dropped, lr, self.biases)

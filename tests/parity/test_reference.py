@@ -1,6 +1,7 @@
 """The reference itself, held against Hugging Face models, torch's own optimizers and the literal gate."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from megamoe.config.schema import Config
 from tests.parity.gate_reference import paper_capacity, paper_gate
-from tests.parity.reference import ReferenceRun, forward, global_batch, learning_rate, mixture
+from tests.parity.mixture_reference import mixture
+from tests.parity.reference import ReferenceRun, feed_forward, forward, global_batch, learning_rate
 
 VOCAB, HIDDEN, HEADS, FFN, EXPERTS, SEQ = 96, 32, 4, 48, 4, 16
 MODERN = {
@@ -168,7 +170,7 @@ def test_logits_equal_hugging_face(family: str) -> None:
     tokens = sample_tokens()
     with torch.no_grad():
         expected = model(tokens).logits
-        logits, _, _ = forward(config, from_llama_family(model), tokens)
+        logits, _ = forward(config, from_llama_family(model), tokens)
     assert expected.std() > 0.1  # random weights must not have collapsed to a constant
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -178,9 +180,9 @@ def test_logits_of_the_papers_dense_model_equal_xglm() -> None:
     tokens = sample_tokens()
     with torch.no_grad():
         expected = model(tokens).logits
-        logits, balance_loss, num_dropped = forward(make_config(), from_xglm(model), tokens)
+        logits, mixed = forward(make_config(), from_xglm(model), tokens)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert (float(balance_loss), num_dropped) == (0.0, 0)
+    assert mixed == {}
 
 
 def xglm_config() -> transformers.XGLMConfig:
@@ -209,8 +211,8 @@ def test_balance_loss_of_all_choices_equals_hugging_face() -> None:
     tokens = sample_tokens()
     with torch.no_grad():
         expected = model(tokens, output_router_logits=True).aux_loss
-        _, balance_loss, _ = forward(config, from_llama_family(model), tokens)
-    assert float(balance_loss) == pytest.approx(float(expected) / 2, rel=1e-6)
+        _, mixed = forward(config, from_llama_family(model), tokens)
+    assert float(mixed[1].balance_loss) == pytest.approx(float(expected) / 2, rel=1e-6)
 
 
 def test_gelu_tanh_is_the_approximation() -> None:
@@ -221,8 +223,8 @@ def test_gelu_tanh_is_the_approximation() -> None:
     tokens = sample_tokens()
     with torch.no_grad():
         expected = model(tokens).logits
-        logits, _, _ = forward(make_config(model={"activation": "gelu_tanh"}), weights, tokens)
-        erf, _, _ = forward(make_config(), weights, tokens)
+        logits, _ = forward(make_config(model={"activation": "gelu_tanh"}), weights, tokens)
+        erf, _ = forward(make_config(), weights, tokens)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert (logits - erf).abs().max() > 1e-4
 
@@ -275,7 +277,8 @@ def test_capacity_drops_as_the_literal_gate_does_in_each_slice(num_slices: int) 
     weights, x = mixture_weights(generator), torch.randn(24, HIDDEN, generator=generator)
     config = make_config(moe={"num_experts": EXPERTS})
     x = x + 0.5 * weights["layers.1.router.weight"][0]  # crowd expert 0
-    output, balance_loss, num_dropped = mixture(x, weights, "layers.1", config.model, config.moe, num_slices)
+    one_expert = partial(feed_forward, activation="gelu")
+    mixed = mixture(x, weights, "layers.1", config.moe, one_expert, num_slices=num_slices)
 
     logits = x @ weights["layers.1.router.weight"].T
     expected, drops = torch.zeros(24, HIDDEN), 0
@@ -288,17 +291,18 @@ def test_capacity_drops_as_the_literal_gate_does_in_each_slice(num_slices: int) 
                 w = {name.removeprefix("layers.1.experts."): t[e] for name, t in weights.items()}
                 hidden = F.gelu(w["fc1.weight"] @ x[start + i] + w["fc1.bias"])
                 expected[start + i] += g * (w["fc2.weight"] @ hidden + w["fc2.bias"])
-    assert num_dropped == drops > 0
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert mixed.num_dropped == drops > 0
+    torch.testing.assert_close(mixed.output, expected, atol=1e-5, rtol=1e-5)
     whole = paper_gate(logits.tolist(), paper_capacity(24, EXPERTS))  # balance: over all slices together
-    assert float(balance_loss) == pytest.approx(whole.balance_loss, rel=1e-6)
+    assert float(mixed.balance_loss) == pytest.approx(whole.balance_loss, rel=1e-6)
 
 
 def test_slices_of_the_sequence_are_routed_apart() -> None:
     generator = torch.Generator().manual_seed(11)
     weights, x = mixture_weights(generator), torch.randn(24, HIDDEN, generator=generator)
     config = make_config(moe={"num_experts": EXPERTS})
-    outputs = [mixture(x, weights, "layers.1", config.model, config.moe, n)[0] for n in (1, 2)]
+    one_expert = partial(feed_forward, activation="gelu")
+    outputs = [mixture(x, weights, "layers.1", config.moe, one_expert, num_slices=n).output for n in (1, 2)]
     assert (outputs[0] - outputs[1]).abs().max() > 0.1
 
 

@@ -1,7 +1,5 @@
 """Every router, drop policy and the balance bias against the literal references, on drawn cases."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -177,4 +175,3 @@ def test_the_bias_evens_out_a_crowded_router() -> None:
     last = router(logits, biases.of(0)).expert_index
     assert (first == 0).float().mean() > 0.95
     assert max((last == e).float().mean() for e in range(4)) < 0.35
-    assert math.isclose(float(biases.of(0).sum()), 0.0, abs_tol=0.2)

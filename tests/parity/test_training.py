@@ -96,11 +96,22 @@ def test_equals_reference(layout: ParityLayout, optimizer: str) -> None:
         np.testing.assert_allclose(rank.lm_losses, [s.lm_loss for s in steps], rtol=RELATIVE_LOSS)
         np.testing.assert_allclose(rank.balance_losses, [s.balance_loss for s in steps], rtol=RELATIVE_LOSS)
         np.testing.assert_allclose(rank.grad_norms, [s.grad_norm for s in steps], rtol=RELATIVE_NORM)
+        _assert_same_biases(config, rank, steps)
     _assert_same_drops(config, layout, ranks[0], steps)
 
     final = assemble(config, [rank.final for rank in ranks])
     for name, expected in weights.items():
         np.testing.assert_allclose(final[name], expected, rtol=0, atol=ABSOLUTE_PARAMETER, err_msg=name)
+
+
+def _assert_same_biases(config: Config, rank: RankOutcome, steps: list[StepResult]) -> None:
+    """Step by step: a bias that answered to another load would be off by twice the rate."""
+    for biases, step in zip(rank.biases, steps, strict=True):
+        assert biases.keys() <= step.biases.keys()
+        for layer, bias in biases.items():
+            np.testing.assert_allclose(bias, step.biases[layer].numpy(), rtol=0, atol=1e-6)
+    if config.moe.balance_bias_update_rate:
+        assert config.parallel.pipeline_parallel_size > 1 or rank.biases[-1]
 
 
 def _assert_same_drops(config: Config, layout: ParityLayout, rank: RankOutcome, steps: list[StepResult]) -> None:
