@@ -32,8 +32,8 @@ def within_groups(scores: Tensor, moe: MoEConfig) -> Tensor:
         return scores
     best_of = 2 if moe.score_function == "sigmoid" else 1
     by_group = scores.unflatten(1, (moe.num_expert_groups, -1))
-    group_score = by_group.sort(-1, descending=True).values[..., :best_of].sum(-1)
-    out = group_score.sort(-1, descending=True, stable=True).indices[:, moe.num_selected_groups :]
+    group_score = by_group.sort(dim=-1, descending=True).values[..., :best_of].sum(-1)
+    out = group_score.sort(dim=-1, descending=True, stable=True).indices[:, moe.num_selected_groups :]
     is_out = torch.zeros_like(group_score).scatter(1, out, 1.0).bool()
     return by_group.masked_fill(is_out[..., None], -math.inf).flatten(1)
 

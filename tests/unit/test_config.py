@@ -402,6 +402,55 @@ DENSE = ("moe.num_experts=0", "parallel.expert_parallel_size=1")
             "eval_capacity_factor and eval_capacity_fraction are both set: use one of them",
         ),
         (["moe.layer_pattern=[1,1]"], "layer_pattern names layer 1 twice: list each layer once"),
+        (
+            ["moe.score_function=sigmoid", "moe.gate_order=select_then_softmax"],
+            "gate_order select_then_softmax means nothing to score_function sigmoid: use gate_order "
+            "softmax_then_select, or score_function softmax",
+        ),
+        (
+            ["moe.top_k=1", "moe.normalize_gates=false", "moe.gate_order=select_then_softmax"],
+            "top_k 1 with gate_order select_then_softmax makes every gate 1, so that the router never learns from the "
+            "language loss: use gate_order softmax_then_select",
+        ),
+        (
+            ["moe.balance_bias_update_rate=0.001"],
+            "balance_bias_update_rate 0.001 needs score_function sigmoid, but it is softmax: use score_function "
+            "sigmoid, or balance_bias_update_rate 0",
+        ),
+        (
+            ["moe.normalize_gates=false", "moe.normalize_when=before_drops"],
+            "normalize_when before_drops means nothing with normalize_gates false: use normalize_gates true, or "
+            "normalize_when after_drops",
+        ),
+        (
+            ["moe.num_expert_groups=4"],
+            "num_expert_groups 4 needs num_selected_groups, which is not set: set both or neither",
+        ),
+        (
+            ["moe.num_selected_groups=4"],
+            "num_selected_groups 4 needs num_expert_groups, which is not set: set both or neither",
+        ),
+        (
+            ["moe.num_expert_groups=3", "moe.num_selected_groups=1"],
+            "num_expert_groups 3 does not divide num_experts 8: use 1, 2, 4, 8",
+        ),
+        (
+            ["moe.num_expert_groups=4", "moe.num_selected_groups=5"],
+            "num_selected_groups 5 is more than num_expert_groups 4: use 1 to 4",
+        ),
+        (
+            ["moe.num_expert_groups=4", "moe.num_selected_groups=1", "moe.top_k=3"],
+            "num_selected_groups 1 of 2 experts each hold fewer than top_k 3 experts: use num_selected_groups 2 to 4",
+        ),
+        (
+            ["moe.dropless=true", "moe.normalize_when=before_drops"],
+            "normalize_when before_drops means nothing with dropless true: use normalize_when after_drops, or "
+            "dropless false",
+        ),
+        (
+            ["moe.dropless=true", "moe.drop_policy=probability"],
+            "drop_policy probability means nothing with dropless true: use drop_policy position, or dropless false",
+        ),
         (["optimizer.min_lr=1"], "min_lr 1 is above lr 0.004: use 0 to 0.004"),
         (["optimizer.warmup_steps=200"], "warmup_steps 200 is not below num_steps 200: use 0 to 199"),
         (["optimizer.decay_steps=20"], "warmup_steps 20 is not below decay_steps 20: use 0 to 19"),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share
+from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share, z_loss
 from megamoe.moe.routing import route, top_k_choices
 from megamoe.moe.statistics import LoadStatistics
+from tests.parity.router_reference import z_loss as literal_z_loss
 
 
 def draw(num_tokens: int, num_experts: int, top_k: int, seed: int = 0):
@@ -73,6 +74,29 @@ def test_the_gradient_flows_through_the_mean_probability_only():
     (gradient,) = torch.autograd.grad(balance_loss(probabilities, choices, "first_choice"), probabilities)
     share = choice_share(choices, 4, "first_choice").double()
     torch.testing.assert_close(gradient, (4 * share / 9).expand(9, 4))
+
+
+@pytest.mark.parametrize("kind", ["first_choice", "all_choices"])
+def test_the_loss_of_sequences_is_the_mean_of_each_ones(kind):
+    probabilities, choices = draw(42, 5, 2)
+    apart = sum(balance_loss(probabilities[i::3], choices[i::3], kind) for i in range(3)) / 3
+    together = balance_loss(probabilities, choices, kind, num_sequences=3)
+    assert together.item() == pytest.approx(apart.item(), rel=1e-6)
+    assert together.item() != pytest.approx(balance_loss(probabilities, choices, kind).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["first_choice", "all_choices"])
+def test_sequences_cut_into_slices_share_their_shares(kind):
+    probabilities, choices = draw(48, 5, 2)
+    slices = list(zip(probabilities.chunk(4), choices.chunk(4), strict=True))
+    share = sum(choice_share(index, 5, kind, num_sequences=3).double() for _, index in slices) / 4
+    shared = sum(balance_loss(p, index, kind, share=share, num_sequences=3) for p, index in slices) / 4
+    assert shared.item() == pytest.approx(balance_loss(probabilities, choices, kind, num_sequences=3).item(), rel=1e-6)
+
+
+def test_z_loss_is_the_literal_one():
+    logits = torch.randn(11, 6, generator=torch.Generator().manual_seed(2)) * 3
+    assert z_loss(logits).item() == pytest.approx(literal_z_loss(logits.tolist()), rel=1e-6)
 
 
 # ---------------------------------------------------------------- attached losses
