@@ -36,11 +36,13 @@ from tests.parallel.worlds import (
 
 DROPOUT = ("model.hidden_dropout=0.2", "model.attention_dropout=0.2")
 FP16 = ("run.precision=fp16", "optimizer.initial_loss_scale=1048576", "optimizer.loss_scale_window_steps=1")
+BIAS = ("moe.score_function=sigmoid", "moe.balance_bias_update_rate=0.01", "moe.input_jitter=0.1")
 # name -> ranks, settings. The fp16 run still looks for its loss scale when it is cut.
 RUNS = {
     "one": (1, (*parallel(zero=0), *DROPOUT)),
     "one_fp16": (1, (*parallel(zero=1), *DROPOUT, *FP16)),
     "one_apex": (1, (*parallel(zero=1), "optimizer.lr=0.02")),  # by an optimizer like NVIDIA apex's
+    "one_bias": (1, (*parallel(zero=1), *BIAS)),
     "two_bf16": (2, (*parallel(ep=2, zero=2), *DROPOUT, "run.precision=bf16")),
     "eight": (8, (*parallel(tp=2, pp=2, ep=2, zero=1), *DROPOUT, "optimizer.clip_grad=0.5")),
 }
@@ -87,8 +89,9 @@ def settings_of(name: str, *more: str):
 
 def all_state(trainer: Trainer) -> dict[str, Any]:
     scaler = getattr(trainer.engine.optimizer, "loss_scaler", None)
+    biases = {f"bias.{layer}": bias.numpy().copy() for layer, bias in trainer.balance_bias.by_layer.items()}
     return {
-        "arrays": weights(trainer) | optimizer_state(trainer) | {n: t.numpy() for n, t in random_state().items()},
+        "arrays": biases | weights(trainer) | optimizer_state(trainer) | {n: t.numpy() for n, t in random_state().items()},
         "counts": (trainer.step, trainer.samples, trainer.skipped_steps),
         "group_steps": [group.get("step") for group in trainer.engine.basic_optimizer.param_groups],
         "scaler": None if scaler is None else dict(vars(scaler)),
@@ -144,10 +147,11 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(name):
 
 
 def test_the_runs_were_cut_where_it_matters():
-    """The fp16 scale moved before the cut and after it; the apex-like optimizer had counted steps of its own."""
+    """The fp16 scale moved before the cut and after it, biases moved, the apex-like optimizer had counted steps of its own."""
     before, _ = launch(1)
     found = before[0]["one_fp16"]
     assert [row["was_applied"] for row in found["rows"]] != [True, True] and found["scaler"]["cur_iter"] == 4
+    assert any(name.startswith("bias.") and bias.any() for name, bias in before[0]["one_bias"]["arrays"].items())
     assert before[0]["one_apex"]["group_steps"] == [4] * len(before[0]["one_apex"]["group_steps"])
 
 
