@@ -89,9 +89,10 @@ def settings_of(name: str, *more: str):
 
 def all_state(trainer: Trainer) -> dict[str, Any]:
     scaler = getattr(trainer.engine.optimizer, "loss_scaler", None)
-    biases = {f"bias.{layer}": bias.numpy().copy() for layer, bias in trainer.balance_bias.by_layer.items()}
+    arrays = {f"bias.{layer}": bias.numpy().copy() for layer, bias in trainer.balance_bias.by_layer.items()}
+    arrays |= {name: t.numpy() for name, t in random_state().items()}
     return {
-        "arrays": biases | weights(trainer) | optimizer_state(trainer) | {n: t.numpy() for n, t in random_state().items()},
+        "arrays": arrays | weights(trainer) | optimizer_state(trainer),
         "counts": (trainer.step, trainer.samples, trainer.skipped_steps),
         "group_steps": [group.get("step") for group in trainer.engine.basic_optimizer.param_groups],
         "scaler": None if scaler is None else dict(vars(scaler)),
@@ -147,7 +148,7 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(name):
 
 
 def test_the_runs_were_cut_where_it_matters():
-    """The fp16 scale moved before the cut and after it, biases moved, the apex-like optimizer had counted steps of its own."""
+    """The fp16 scale moved before the cut and after it; biases moved; the apex-like optimizer had counted steps."""
     before, _ = launch(1)
     found = before[0]["one_fp16"]
     assert [row["was_applied"] for row in found["rows"]] != [True, True] and found["scaler"]["cur_iter"] == 4

@@ -24,6 +24,6 @@ def test_a_setting_unknown_then_had_its_default() -> None:
 
 def test_another_router_is_another_model() -> None:
     config = Config.model_validate({"moe": {"score_function": "sigmoid", "z_loss_coeff": 0.1}})
-    with pytest.raises(CheckpointError, match="moe.score_function softmax there, sigmoid here"):
+    with pytest.raises(CheckpointError, match=r"moe\.score_function softmax there, sigmoid here"):
         check_same_model(old_state(), config, Path("step_1"))
     assert changed_settings(old_state(), config) == ["moe.z_loss_coeff 0.0 there, 0.1 here"]
