@@ -128,6 +128,17 @@ def _hidden(fc1: Tensor) -> Tensor:
     return fc1.flatten(1, -2)
 
 
+def _weighted_gradient(problem: Problem, token: Tensor, choice: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of each kept row [T, d] behind the gates, as the layer's combine hands it to the experts."""
+    probability = torch.nn.functional.linear(problem.x, problem.router).float().softmax(-1)
+    gate = probability.gather(1, choices(problem))
+    kept = torch.zeros_like(gate)
+    kept[token, choice] = 1.0
+    gate = gate * kept
+    gate = gate / gate.sum(-1, keepdim=True).clamp(min=1e-30)
+    return (grad * gate[token, choice].unsqueeze(-1)).to(grad.dtype)
+
+
 def floor_per_expert(problem: Problem, *, dropless: bool, activation: bool, accumulate: bool) -> Contestant:
     """The six products of each expert on its own rows, results and gradients written where they belong.
 
@@ -139,13 +150,7 @@ def floor_per_expert(problem: Problem, *, dropless: bool, activation: bool, accu
     fc1, fc2 = problem.fc1.detach().view(problem.fc1.shape), problem.fc2.detach().view(problem.fc2.shape)
     x, grad = problem.x[token], problem.grad[token]
     if activation:  # then the gradients of the weights are the layer's own, and can be compared
-        probability = torch.nn.functional.linear(problem.x, problem.router).float().softmax(-1)
-        gate = probability.gather(1, choices(problem))
-        kept = torch.zeros_like(gate)
-        kept[token, choice] = 1.0
-        gate = gate * kept
-        gate = gate / gate.sum(-1, keepdim=True).clamp(min=1e-30)
-        grad = (grad * gate[token, choice].unsqueeze(-1)).to(grad.dtype)
+        grad = _weighted_gradient(problem, token, choice, grad)
     ffn = problem.shape.ffn
     widen = x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
