@@ -6,7 +6,7 @@
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,23 @@ def _weighted_gradient(problem: Problem, token: Tensor, choice: Tensor, grad: Te
     return (grad * gate[token, choice].unsqueeze(-1)).to(grad.dtype)
 
 
+def _products(widen: bool) -> tuple[Callable[[Tensor], Tensor], Callable[..., None]]:
+    """How operands are read, and a product written (`add`: added) into `out`."""
+
+    def operand(tensor: Tensor) -> Tensor:
+        return tensor.float() if widen else tensor
+
+    def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+        if widen:
+            out.add_(torch.mm(a, b)) if add else out.copy_(torch.mm(a, b))
+        elif add:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+    return operand, product
+
+
 def floor_per_expert(problem: Problem, *, dropless: bool, activation: bool, accumulate: bool) -> Contestant:
     """The six products of each expert on its own rows, results and gradients written where they belong.
 
@@ -154,16 +171,7 @@ def floor_per_expert(problem: Problem, *, dropless: bool, activation: bool, accu
     ffn = problem.shape.ffn
     widen = x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-    def operand(tensor: Tensor) -> Tensor:
-        return tensor.float() if widen else tensor
-
-    def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-        if widen:
-            out.add_(torch.mm(a, b)) if add else out.copy_(torch.mm(a, b))
-        elif add:
-            torch.addmm(out, a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
+    operand, product = _products(widen)
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
         h, y = x.new_empty((x.shape[0], _hidden(fc1).shape[1])), torch.empty_like(x)
