@@ -4,6 +4,7 @@
     a [R, f] (gated: [R, 2 f], gates first) before the activation, g [R, f] after it
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -155,10 +156,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, segments: list[Segme
     """x [R, in] times each expert's weight [n, out, in], plus bias [n, out]: [R, out]."""
     out = x.new_empty((x.shape[0], weight.shape[1]))
     for expert, first, last in segments:
-        if bias is None:
-            torch.mm(x[first:last], weight[expert].t(), out=out[first:last])
-        else:
-            torch.addmm(bias[expert], x[first:last], weight[expert].t(), out=out[first:last])
+        own_bias = None if bias is None else bias[expert]
+        _product(x[first:last], weight[expert].t(), out[first:last], own_bias)
     return out
 
 
@@ -176,8 +175,29 @@ def _linear_gradients(
             grad_bias[idle] = 0.0
     for expert, first, last in segments:
         rows = grad_out[first:last]
-        torch.mm(rows.t(), x[first:last], out=grad_weight[expert])
-        torch.mm(rows, weight[expert], out=grad_x[first:last])
+        _product(rows.t(), x[first:last], grad_weight[expert])
+        _product(rows, weight[expert], grad_x[first:last])
         if grad_bias is not None:
             torch.sum(rows, 0, out=grad_bias[expert])
     return grad_x, grad_weight, grad_bias
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Write a @ b (+ bias, a row) into `out`."""
+    if _is_slow_on_cpu(a.dtype):
+        product = torch.mm(a.float(), b.float())
+        out.copy_(product if bias is None else product.add_(bias))
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+@cache
+def _is_slow_on_cpu(dtype: torch.dtype) -> bool:
+    """True for 16-bit types this processor has no instructions for: widening one expert's operands is far faster."""
+    if dtype is torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype is torch.float16:
+        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return False

@@ -277,6 +277,23 @@ def test_the_grouped_product_of_gpus_is_the_same_function(load, use_bias, gated)
         torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widen", [False, True])
+def test_16_bit_products_are_the_same_widened_or_not(monkeypatch, dtype, widen):
+    """Processors without 16-bit instructions widen an expert's operands; both ways stay within the format."""
+    monkeypatch.setattr("megamoe.moe.experts._is_slow_on_cpu", lambda dtype: widen and dtype is not torch.float32)
+    counts = LOADS["near even"]
+    whole = make_experts(4, dtype=torch.float32, hidden=16, ffn=8)
+    rounded = make_experts(4, dtype=dtype, hidden=16, ffn=8)
+    buffer, plain, leaves, seed = plain_experts(whole, counts)
+    small = buffer.detach().to(dtype).requires_grad_()
+    y = rounded(small, counts)
+    assert y.dtype is dtype
+    got = torch.autograd.grad(y, [small, *rounded.parameters()], seed.to(dtype))
+    for value, right in zip((y, *got), (plain, *torch.autograd.grad(plain, leaves, seed)), strict=True):
+        assert (value.float() - right).norm() < 2e-2 * right.norm()
+
+
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "swiglu"])
 def test_written_gradients_of_activations_are_autograd_s(name):
     activation = ACTIVATIONS[name]
