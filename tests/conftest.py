@@ -14,3 +14,5 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in LAUNCHER_VARIABLES:  # the suite may itself run inside a SLURM job
         os.environ.pop(name, None)
     os.environ.setdefault("WANDB_MODE", "disabled")
+    # Tensors of tests are small: a second thread waits at barriers, for long when anything else runs on the machine.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -22,7 +22,7 @@ from megamoe.model.attention import CausalAttention
 from megamoe.model.embedding import TokenEmbedding
 from megamoe.model.norms import FullNorm, HeadNorm, Norm
 from megamoe.model.parallel import ParallelGroups
-from megamoe.model.transformer_config import ACTIVATIONS, PRECISION_DTYPE, transformer_config
+from megamoe.model.transformer_config import PRECISION_DTYPE, transformer_config
 from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELayer
 from megamoe.moe.losses import LossScale
@@ -181,8 +181,7 @@ def _moe_context(
         config=config.moe,
         hidden_size=sizes.hidden,
         expert_ffn_hidden_size=sizes.expert_ffn,
-        activation=ACTIVATIONS[config.model.activation],
-        gated=config.model.activation == "swiglu",
+        activation=config.model.activation,
         use_bias=config.model.use_bias,
         dtype=PRECISION_DTYPE[config.run.precision],
         device="cuda" if torch.cuda.is_available() else "cpu",

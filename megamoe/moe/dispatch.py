@@ -23,29 +23,90 @@ class DispatchMetadata:
     """How `dispatch` arranged the rows: all that `combine` needs to undo it."""
 
     group: dist.ProcessGroup | None
-    row_of_assignment: Tensor  # [k * S] int64: row of each assignment, 0 where dropped (its gate is 0)
+    places: "_Places"
     send_counts: list[int]  # rows for each rank of the expert group
     receive_counts: list[int]  # rows from each rank
     arrival_of_row: Tensor | None  # [R] place in arrival order of each buffer row; None: orders are the same
+    row_of_arrival: Tensor | None  # [R] its inverse
     rows_per_expert: list[int]  # rows of each local expert in the buffer; sums to R
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where assignments and rows meet. Rows are the T kept assignments in the order of `Routing.by_expert`."""
+
+    num_tokens: int
+    top_k: int
+    assignment_of_row: Tensor  # [T] int64
+    row_of_assignment: Tensor  # [k * S] int64, 0 where dropped
+    kept: Tensor | None  # [k * S] bool; None: all
+
+    @classmethod
+    def of(cls, routing: Routing) -> "_Places":
+        num_tokens, top_k = routing.kept.shape
+        by_expert = routing.by_expert
+        row = torch.zeros(num_tokens * top_k, dtype=torch.int64, device=by_expert.device)
+        row[by_expert] = torch.arange(by_expert.numel(), device=by_expert.device)
+        kept = None if by_expert.numel() == row.numel() else routing.kept.t().reshape(-1)
+        return cls(num_tokens, top_k, by_expert, row, kept)
+
+    @property
+    def token_of_row(self) -> Tensor:
+        return self.assignment_of_row % max(1, self.num_tokens)
+
+    def sum_over_choices(self, rows: Tensor, weight: Tensor | None) -> Tensor:
+        """[S, h]: for each token the sum of its rows [T, h], times weight [k * S] where given.
+
+        A gather a choice: the same sum every time, where a scatter-add on a GPU would depend on who comes first.
+        """
+        if rows.shape[0] == 0:
+            return rows.new_zeros((self.num_tokens, rows.shape[1]))
+        if weight is None and self.kept is not None:
+            weight = self.kept
+        total = None
+        for choice in range(self.top_k):
+            part = slice(choice * self.num_tokens, (choice + 1) * self.num_tokens)
+            picked = rows.index_select(0, self.row_of_assignment[part])
+            if weight is None:
+                total = picked if total is None else total.add_(picked)
+            else:
+                factor = weight[part].to(rows.dtype).unsqueeze(1)
+                total = picked.mul_(factor) if total is None else total.addcmul_(picked, factor)
+        return total
+
+
 class _TakeRows(torch.autograd.Function):
-    """rows[i] = x[token_of_row[i]]; the gradient gathers by assignment: no atomics, so the same sum every time."""
+    """x [S, h] -> rows [T, h], one for each kept assignment."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_assignment: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_assignment, kept)
-        ctx.num_tokens = x.shape[0]
-        return x.index_select(0, token_of_row)
+    def forward(ctx: Any, x: Tensor, places: _Places) -> Tensor:
+        ctx.places = places
+        return x.index_select(0, places.token_of_row)
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None]:
-        row_of_assignment, kept = ctx.saved_tensors
-        if grad_rows.shape[0] == 0:
-            return grad_rows.new_zeros((ctx.num_tokens, grad_rows.shape[1])), None, None, None
-        per_assignment = grad_rows.index_select(0, row_of_assignment).view(-1, ctx.num_tokens, grad_rows.shape[1])
-        return (per_assignment * kept.t().unsqueeze(-1)).sum(dim=0), None, None, None
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:
+        return ctx.places.sum_over_choices(grad_rows, None), None
+
+
+class _WeighAndSum(torch.autograd.Function):
+    """rows [T, h], gate [S, k] -> [S, h]: for each token the sum over choices of gate * row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gate: Tensor, places: _Places) -> Tensor:
+        flat_gate = gate.t().reshape(-1)  # [k * S]; 0 where dropped
+        ctx.save_for_backward(rows, flat_gate)
+        ctx.places = places
+        return places.sum_over_choices(rows, flat_gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, flat_gate = ctx.saved_tensors
+        places = ctx.places
+        grad_of_row = grad.index_select(0, places.token_of_row)  # [T, h]
+        grad_gate = torch.zeros_like(flat_gate)
+        grad_gate[places.assignment_of_row] = (grad_of_row * rows).sum(dim=1, dtype=flat_gate.dtype)
+        factor = flat_gate[places.assignment_of_row].to(rows.dtype).unsqueeze(1)
+        return grad_of_row.mul_(factor), grad_gate.view(places.top_k, places.num_tokens).t(), None
 
 
 class _Permute(torch.autograd.Function):
@@ -68,15 +129,11 @@ def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None) -> tu
     Expert e lives on rank e // (E / size of the group). Returns the buffer [R, h] for this rank's experts and the
     metadata for `combine`. Collective over `group` (None: a group of one), also for a rank without tokens.
     """
-    num_tokens = x.shape[0]
-    num_assignments = routing.kept.numel()
-    num_rows = routing.by_expert.numel()
-    row_of_assignment = torch.zeros(num_assignments, dtype=torch.int64, device=x.device)
-    row_of_assignment[routing.by_expert] = torch.arange(num_rows, device=x.device)
-    rows = _TakeRows.apply(x, routing.by_expert % max(1, num_tokens), row_of_assignment, routing.kept)
+    places = _Places.of(routing)
+    rows = _TakeRows.apply(x, places)
     if group is None:
         counts = routing.tokens_per_expert.tolist()
-        return rows, DispatchMetadata(None, row_of_assignment, [num_rows], [num_rows], None, counts)
+        return rows, DispatchMetadata(None, places, [rows.shape[0]], [rows.shape[0]], None, None, counts)
 
     arriving = torch.empty_like(routing.tokens_per_expert)  # [ranks * local experts], by sending rank
     dist.all_to_all_single(arriving, routing.tokens_per_expert, group=group)
@@ -95,7 +152,7 @@ def dispatch(x: Tensor, routing: Routing, group: dist.ProcessGroup | None) -> tu
     inverse[order] = torch.arange(order.numel(), device=x.device)
     buffer = _Permute.apply(arrivals, order, inverse)
     rows_per_expert = [sum(counts[expert] for counts in received) for expert in range(num_local)]
-    metadata = DispatchMetadata(group, row_of_assignment, send_counts, receive_counts, order, rows_per_expert)
+    metadata = DispatchMetadata(group, places, send_counts, receive_counts, order, inverse, rows_per_expert)
     return buffer, metadata
 
 
@@ -105,14 +162,6 @@ def combine(y: Tensor, routing: Routing, metadata: DispatchMetadata) -> Tensor:
     A token all of whose assignments were dropped gets zeros. Collective like `dispatch`.
     """
     if metadata.arrival_of_row is not None:
-        order = metadata.arrival_of_row
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
-        y = _Permute.apply(y, inverse, order)
+        y = _Permute.apply(y, metadata.row_of_arrival, metadata.arrival_of_row)
     rows = all_to_all(y, metadata.receive_counts, metadata.send_counts, metadata.group)  # [T, h]
-    num_tokens, top_k = routing.gate.shape
-    if rows.shape[0] == 0:  # all dropped, or no tokens: zeros, but still part of the graph of every rank
-        return rows.new_zeros((num_tokens, rows.shape[1])) + rows.sum() * routing.gate.sum().to(rows.dtype)
-    per_assignment = rows.index_select(0, metadata.row_of_assignment).view(top_k, num_tokens, -1)
-    gate = routing.gate.to(rows.dtype).t().unsqueeze(-1)  # [k, S, 1]
-    return (per_assignment * gate).sum(dim=0)
+    return _WeighAndSum.apply(rows, routing.gate, metadata.places)

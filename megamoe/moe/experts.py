@@ -1,12 +1,16 @@
-"""The experts of one rank: stacked weights, batched matrix products over unequal numbers of rows.
+"""The experts of one rank: stacked weights, products over unequal numbers of rows, no padding.
 
-    n local experts   h hidden   f ffn (a slice of it under expert tensor parallelism)   R rows   C rows of the fullest
+    n local experts   h hidden   f ffn (a slice of it under expert tensor parallelism)   R rows, sorted by expert
+    a [R, f] (gated: [R, 2 f], gates first) before the activation, g [R, f] after it
 """
 
-from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megamoe.moe.activations import ACTIVATIONS, Activation
 
 
 class StackedExperts(nn.Module):
@@ -23,8 +27,7 @@ class StackedExperts(nn.Module):
         num_local_experts: int,
         hidden_size: int,
         ffn_hidden_size: int,
-        activation: Callable[[Tensor], Tensor],
-        gated: bool,
+        activation: str,
         use_bias: bool,
         adds_fc2_bias: bool,
         dtype: torch.dtype,
@@ -32,60 +35,23 @@ class StackedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_local_experts = num_local_experts
-        self.activation = activation
-        self.gated = gated
+        self.activation = ACTIVATIONS[activation]
         # Under expert tensor parallelism the ranks' partial results are summed: one of them adds the bias.
         self.adds_fc2_bias = adds_fc2_bias
-        halves = (2,) if gated else ()
+        halves = (2,) if self.activation.is_gated else ()
         self.fc1 = _Stack((num_local_experts, *halves, ffn_hidden_size), hidden_size, use_bias, dtype, device)
         self.fc2 = _Stack((num_local_experts, hidden_size), ffn_hidden_size, use_bias, dtype, device)
 
     def forward(self, buffer: Tensor, rows_per_expert: list[int]) -> Tensor:
         """Apply expert i to its rows_per_expert[i] rows of `buffer` [R, h], which are sorted by expert: [R, h]."""
-        num_experts, num_rows = len(rows_per_expert), buffer.shape[0]
-        most = max(1, *rows_per_expert)
-        if num_experts * most <= 2 * num_rows + num_experts:
-            return self._batched(buffer, rows_per_expert, most)
-        return self._one_by_one(buffer, rows_per_expert)
-
-    def _batched(self, buffer: Tensor, rows_per_expert: list[int], most: int) -> Tensor:
-        """One product over all experts, each padded to the fullest: right where the load is near even."""
-        num_experts, hidden = len(rows_per_expert), buffer.shape[1]
-        even = min(rows_per_expert) == most
-        if even:
-            return self._ffn(buffer.view(num_experts, most, hidden)).reshape(-1, hidden)
-        counts = torch.tensor(rows_per_expert)
-        shift = torch.arange(num_experts) * most - (counts.cumsum(0) - counts)  # rows before an expert: padded - packed
-        slot = torch.arange(buffer.shape[0]) + shift.repeat_interleave(counts)
-        slot = slot.to(buffer.device, non_blocking=True)
-        padded = buffer.new_zeros((num_experts * most, hidden)).index_copy(0, slot, buffer)
-        y = self._ffn(padded.view(num_experts, most, hidden))
-        return y.reshape(-1, hidden).index_select(0, slot)
-
-    def _one_by_one(self, buffer: Tensor, rows_per_expert: list[int]) -> Tensor:
-        """A product per expert that has rows: bounded memory however uneven the load."""
-        stacks = [None if p is None else p.unbind(0) for p in (*self.fc1.tensors(), *self.fc2.tensors())]
-        pieces = []
-        for expert, rows in enumerate(buffer.split(rows_per_expert)):
-            if rows.shape[0]:
-                own = [None if stack is None else stack[expert].unsqueeze(0) for stack in stacks]
-                pieces.append(self._ffn(rows.unsqueeze(0), own).squeeze(0))
-        if not pieces:
-            return self._ffn(buffer.view(len(rows_per_expert), 0, buffer.shape[1])).reshape(0, buffer.shape[1])
-        return torch.cat(pieces)
-
-    def _ffn(self, x: Tensor, weights: list[Tensor | None] | None = None) -> Tensor:
-        """x [n, C, h] -> [n, C, h]; `weights` are fc1 weight, bias, fc2 weight, bias (None: all experts')."""
-        weight1, bias1, weight2, bias2 = weights or (*self.fc1.tensors(), *self.fc2.tensors())
-        hidden = _linear(x, weight1.flatten(1, -2), None if bias1 is None else bias1.flatten(1))
-        if self.gated:
-            gate, linear = hidden.chunk(2, dim=-1)
-            hidden = self.activation(gate) * linear
-        else:
-            hidden = self.activation(hidden)
+        weight1, bias1 = self.fc1.weight.flatten(1, -2), self.fc1.bias
+        weight2, bias2 = self.fc2.weight, self.fc2.bias
+        if bias1 is not None:
+            bias1 = bias1.flatten(1)
         if bias2 is not None and not self.adds_fc2_bias:
             bias2 = bias2 * 0.0  # stays in the graph, so that every rank has a gradient to reduce
-        return _linear(hidden, weight2, bias2)
+        ffn = grouped_ffn if buffer.is_cuda else expert_by_expert_ffn
+        return ffn(buffer, weight1, bias1, weight2, bias2, rows_per_expert, self.activation)
 
 
 class _Stack(nn.Module):
@@ -98,12 +64,140 @@ class _Stack(nn.Module):
         self.weight = nn.Parameter(torch.empty((*lead, in_size), dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(lead, dtype=dtype, device=device)) if use_bias else None
 
-    def tensors(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.bias
+
+def grouped_ffn(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    rows_per_expert: list[int],
+    activation: Activation,
+) -> Tensor:
+    """One grouped product per matrix, torch's kernel: for GPUs, where a launch per expert would be felt.
+
+    Shapes as in `expert_by_expert_ffn`.
+    """
+    counts = torch.tensor(rows_per_expert, device=x.device)
+    ends = counts.cumsum(0).to(torch.int32)
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch._grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        return out if bias is None else out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
+
+    return linear(activation.forward(linear(x, weight1, bias1)), weight2, bias2)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [n, C, in] @ weight [n, out, in]^T + bias [n, out]: [n, C, out]."""
-    if bias is None:
-        return torch.bmm(x, weight.transpose(1, 2))
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+def expert_by_expert_ffn(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    rows_per_expert: list[int],
+    activation: Activation,
+) -> Tensor:
+    """The FFN of each expert on its own rows, written in place into shared outputs and gradients.
+
+    x is [R, h], weight1 [n, f, h] (gated [n, 2 f, h]), bias1 [n, f] or [n, 2 f], weight2 [n, h, f], bias2 [n, h]; the
+    result is [R, h]. On CPUs this beats one batched product at every number of experts: nothing is padded to the
+    fullest expert, and each weight gradient is written once, where it belongs (tools/benchmarks/moe_layer.py).
+    """
+    return _ExpertByExpert.apply(x, weight1, bias1, weight2, bias2, rows_per_expert, activation)
+
+
+class _ExpertByExpert(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        rows_per_expert: list[int],
+        activation: Activation,
+    ) -> Tensor:
+        segments = _segments(rows_per_expert)
+        before = _linear(x, weight1, bias1, segments)
+        after = activation.forward(before)
+        ctx.save_for_backward(x, weight1, weight2, before, after)
+        ctx.has_bias, ctx.segments, ctx.activation = (bias1 is not None, bias2 is not None), segments, activation
+        return _linear(after, weight2, bias2, segments)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, weight2, before, after = ctx.saved_tensors
+        grad_y = grad_y.contiguous()
+        grad_after, grad_weight2, grad_bias2 = _linear_gradients(
+            grad_y, after, weight2, ctx.segments, with_bias=ctx.has_bias[1]
+        )
+        grad_before = ctx.activation.backward(grad_after, before)
+        grad_x, grad_weight1, grad_bias1 = _linear_gradients(
+            grad_before, x, weight1, ctx.segments, with_bias=ctx.has_bias[0]
+        )
+        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, None, None
+
+
+Segment = tuple[int, int, int]  # expert, first row, row after the last
+
+
+def _segments(rows_per_expert: list[int]) -> list[Segment]:
+    """The rows of each expert that has any."""
+    segments, start = [], 0
+    for expert, count in enumerate(rows_per_expert):
+        if count:
+            segments.append((expert, start, start + count))
+            start += count
+    return segments
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, segments: list[Segment]) -> Tensor:
+    """x [R, in] times each expert's weight [n, out, in], plus bias [n, out]: [R, out]."""
+    out = x.new_empty((x.shape[0], weight.shape[1]))
+    for expert, first, last in segments:
+        own_bias = None if bias is None else bias[expert]
+        _product(x[first:last], weight[expert].t(), out[first:last], own_bias)
+    return out
+
+
+def _linear_gradients(
+    grad_out: Tensor, x: Tensor, weight: Tensor, segments: list[Segment], *, with_bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `_linear` with respect to x [R, in], weight and bias; zero for experts without rows."""
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    grad_bias = weight.new_empty(weight.shape[:2]) if with_bias else None
+    if len(segments) < weight.shape[0]:
+        idle = torch.ones(weight.shape[0], dtype=torch.bool)
+        idle[[expert for expert, _, _ in segments]] = False
+        grad_weight[idle] = 0.0
+        if grad_bias is not None:
+            grad_bias[idle] = 0.0
+    for expert, first, last in segments:
+        rows = grad_out[first:last]
+        _product(rows.t(), x[first:last], grad_weight[expert])
+        _product(rows, weight[expert], grad_x[first:last])
+        if grad_bias is not None:
+            torch.sum(rows, 0, out=grad_bias[expert])
+    return grad_x, grad_weight, grad_bias
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Write a @ b (+ bias, a row) into `out`."""
+    if _is_slow_on_cpu(a.dtype):
+        product = torch.mm(a.float(), b.float())
+        out.copy_(product if bias is None else product.add_(bias))
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+@cache
+def _is_slow_on_cpu(dtype: torch.dtype) -> bool:
+    """True for 16-bit types this processor has no instructions for: widening one expert's operands is far faster."""
+    if dtype is torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype is torch.float16:
+        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return False

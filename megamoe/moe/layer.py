@@ -61,8 +61,7 @@ class MoEContext:
     config: MoEConfig
     hidden_size: int
     expert_ffn_hidden_size: int
-    activation: Any  # Tensor -> Tensor
-    gated: bool
+    activation: str  # a key of megamoe.moe.activations.ACTIVATIONS
     use_bias: bool
     dtype: torch.dtype
     device: torch.device | str
@@ -123,7 +122,6 @@ class MoELayer(DeepSpeedMoE):
             hidden_size=context.hidden_size,
             ffn_hidden_size=context.expert_ffn_hidden_size // parallel.expert_tensor_size,
             activation=context.activation,
-            gated=context.gated,
             use_bias=context.use_bias,
             adds_fc2_bias=parallel.expert_tensor_rank == 0,
             dtype=context.dtype,

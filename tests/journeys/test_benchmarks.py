@@ -1,5 +1,6 @@
 """The benchmarks run and their tables add up; what they measure is nobody's test."""
 
+import json
 import re
 import subprocess
 import sys
@@ -61,3 +62,20 @@ def test_startup_measures_the_first_step_and_the_quick_commands():
     )  # fmt: skip
     for name in ("train --local-ranks 2, to step 1", "megamoe --help", "megamoe presets", "megamoe show moe-1.1t"):
         assert re.search(rf"^{re.escape(name)} +\d+\.\d\d s", text, re.MULTILINE), text
+
+
+@pytest.mark.slow
+def test_moe_layer_races_all_contestants_and_judges_every_goal(tmp_path):
+    text = benchmark("moe_layer.py", "--quick", "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    rows = {row["name"]: row for table in figures["tables"] for row in table["rows"] if "seconds" in row}
+    for name in ("deepspeed, dropless", "deepspeed, capacity", "transformers, grouped_mm", "megatron, sequential"):
+        assert len(rows[name]["seconds"]) == 2, rows[name]
+        same_tokens_dropped = name != "deepspeed, capacity"  # drops by probability at more than two choices
+        assert not same_tokens_dropped or rows[name]["differing_tokens"] == 0.0
+    for name in ("floor: per expert + activation, dropless", "floor: per expert + activation, capacity"):
+        assert rows[name]["gradient_difference"] < 1e-5
+    goals = {finding["goal"]: finding for finding in figures["findings"]}
+    assert goals["largest tensor / S*E*C"]["met"]
+    for goal in goals:
+        assert re.search(rf"^{re.escape(goal)} .*(met|MISSED)", text, re.MULTILINE), text

@@ -1,14 +1,12 @@
 """Experts without tokens, ranks all of whose experts have none, and both ways the experts' products are done."""
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from megamoe.moe.experts import StackedExperts
 from megamoe.training.build import Trainer
 from megamoe.training.report import load_report
 from tests.harness import run_ranks
@@ -112,61 +110,3 @@ def test_idle_experts_get_no_gradient(name):
     for key in experts:
         np.testing.assert_array_equal(whole[key][2:], start[key][2:].numpy(), err_msg=key)
         assert (whole[key][:2] != start[key][:2].numpy()).any(), key
-
-
-# --- both products ----------------------------------------------------------------------------------------------------
-
-LOADS = {"uneven": [30, 0, 3, 1], "even": [5, 5, 5, 5], "one idle": [4, 5, 0, 5], "only the last": [0, 0, 0, 9],
-         "none": [0, 0, 0, 0]}  # fmt: skip
-
-
-def stacked(*, gated: bool, use_bias: bool, adds_bias: bool) -> StackedExperts:
-    experts = StackedExperts(
-        num_local_experts=4, hidden_size=16, ffn_hidden_size=24, activation=F.silu if gated else F.gelu, gated=gated,
-        use_bias=use_bias, adds_fc2_bias=adds_bias, dtype=torch.float64, device="cpu",
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in experts.parameters():
-            parameter.normal_(generator=generator)
-    return experts
-
-
-def results(experts: StackedExperts, path: Any, rows: list[int]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    buffer = torch.randn(sum(rows), 16, dtype=torch.float64, generator=generator).requires_grad_()
-    weigh = torch.randn(sum(rows), 16, dtype=torch.float64, generator=generator)
-    experts.zero_grad()
-    y = path(buffer, rows)
-    (y * weigh).sum().backward()
-    gradients = {f"gradient of {name}": parameter.grad.clone() for name, parameter in experts.named_parameters()}
-    return {"output": y.detach(), "gradient of rows": buffer.grad, **gradients}
-
-
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(("gated", "use_bias", "adds_bias"), [(0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 1, 0)])
-def test_batched_and_one_by_one_are_equal(load, gated, use_bias, adds_bias):
-    experts = stacked(gated=bool(gated), use_bias=bool(use_bias), adds_bias=bool(adds_bias))
-    rows = LOADS[load]
-    batched = results(experts, partial(experts._batched, most=max(1, *rows)), rows)
-    one_by_one = results(experts, experts._one_by_one, rows)
-    chosen = results(experts, experts.forward, rows)
-    assert batched.keys() == one_by_one.keys() == chosen.keys()
-    for name, values in batched.items():
-        torch.testing.assert_close(one_by_one[name], values, rtol=1e-12, atol=1e-12, msg=name)
-        torch.testing.assert_close(chosen[name], values, rtol=1e-12, atol=1e-12, msg=name)
-    for number, count in enumerate(rows):
-        moved = any(one_by_one[name][number].any() for name in one_by_one if name.startswith("gradient of fc"))
-        assert moved == (count > 0)
-
-
-def test_the_product_is_chosen_by_the_load(monkeypatch):
-    experts, taken = stacked(gated=False, use_bias=True, adds_bias=True), []
-    for name in ("_batched", "_one_by_one"):
-        original = getattr(experts, name)
-        monkeypatch.setattr(
-            experts, name, lambda *args, name=name, original=original: taken.append(name) or original(*args)
-        )
-    for rows in ([30, 0, 3, 1], [5, 5, 5, 5]):
-        experts(torch.zeros(sum(rows), 16, dtype=torch.float64), rows)
-    assert taken == ["_one_by_one", "_batched"]

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megamoe.moe.activations import ACTIVATIONS
 from megamoe.moe.dispatch import combine, dispatch
-from megamoe.moe.experts import StackedExperts
+from megamoe.moe.experts import StackedExperts, grouped_ffn
 from megamoe.moe.routing import Routing, route
 
 HIDDEN, FFN = 5, 7
@@ -17,8 +18,7 @@ def make_experts(num_experts: int, *, gated: bool = False, use_bias: bool = True
         num_local_experts=num_experts,
         hidden_size=sizes.get("hidden", HIDDEN),
         ffn_hidden_size=sizes.get("ffn", FFN),
-        activation=F.silu if gated else F.gelu,
-        gated=gated,
+        activation="swiglu" if gated else "gelu",
         use_bias=use_bias,
         adds_fc2_bias=adds_fc2_bias,
         dtype=sizes.get("dtype", torch.float64),
@@ -33,14 +33,13 @@ def make_experts(num_experts: int, *, gated: bool = False, use_bias: bool = True
 
 def apply_expert(experts: StackedExperts, e: int, x: torch.Tensor) -> torch.Tensor:
     """One expert as plain linear maps."""
-    weight1, bias1, weight2, bias2 = (
-        None if p is None else p[e] for p in (*experts.fc1.tensors(), *experts.fc2.tensors())
-    )
-    if experts.gated:
+    tensors = (experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias)
+    weight1, bias1, weight2, bias2 = (None if p is None else p[e] for p in tensors)
+    if weight1.dim() == 3:
         gate = F.linear(x, weight1[0], None if bias1 is None else bias1[0])
-        hidden = experts.activation(gate) * F.linear(x, weight1[1], None if bias1 is None else bias1[1])
+        hidden = F.silu(gate) * F.linear(x, weight1[1], None if bias1 is None else bias1[1])
     else:
-        hidden = experts.activation(F.linear(x, weight1, bias1))
+        hidden = F.gelu(F.linear(x, weight1, bias1))
     return F.linear(hidden, weight2, bias2 if experts.adds_fc2_bias else None)
 
 
@@ -239,32 +238,71 @@ LOADS = {
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("load", LOADS)
-def test_batched_and_one_by_one_are_the_plain_experts(load, use_bias, gated):
+def test_stacked_experts_are_the_plain_experts(load, use_bias, gated):
     experts = make_experts(4, gated=gated, use_bias=use_bias)
-    counts = LOADS[load]
-    generator = torch.Generator().manual_seed(8)
-    buffer = torch.randn(sum(counts), HIDDEN, generator=generator, dtype=torch.float64).requires_grad_()
-    seed = torch.randn(sum(counts), HIDDEN, generator=generator, dtype=torch.float64)
-    plain = torch.cat([apply_expert(experts, e, rows) for e, rows in enumerate(buffer.split(counts))])
-    leaves = [buffer, *experts.parameters()]
+    buffer, plain, leaves, seed = plain_experts(experts, LOADS[load])
     expected = torch.autograd.grad(plain, leaves, seed)
-    assert len(leaves) == (5 if use_bias else 3)
-    for y in (
-        experts(buffer, counts),
-        experts._batched(buffer, counts, max(1, *counts)),
-        experts._one_by_one(buffer, counts),
-    ):
-        torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
-        for gradient, right in zip(torch.autograd.grad(y, leaves, seed), expected, strict=True):
-            torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
+    y = experts(buffer, LOADS[load])
+    torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+    for gradient, right in zip(torch.autograd.grad(y, leaves, seed), expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("counts", "way"), [([4, 3, 5, 4], "_batched"), ([20, 0, 0, 1], "_one_by_one")])
-def test_the_load_chooses_the_way(monkeypatch, counts, way):
-    experts = make_experts(4)
-    other = {"_batched": "_one_by_one", "_one_by_one": "_batched"}[way]
-    monkeypatch.setattr(experts, other, lambda *_: pytest.fail(f"{other} was taken"))
-    assert experts(torch.zeros(sum(counts), HIDDEN, dtype=torch.float64), counts).shape == (sum(counts), HIDDEN)
+def plain_experts(experts: StackedExperts, counts: list[int]):
+    """Rows for each expert, what plain linear maps make of them, all leaves, and a gradient to start from."""
+    generator, dtype = torch.Generator().manual_seed(8), experts.fc1.weight.dtype
+    hidden = experts.fc2.weight.shape[1]
+    buffer = torch.randn(sum(counts), hidden, generator=generator, dtype=dtype).requires_grad_()
+    seed = torch.randn(sum(counts), hidden, generator=generator, dtype=dtype)
+    plain = torch.cat([apply_expert(experts, e, rows) for e, rows in enumerate(buffer.split(counts))])
+    return buffer, plain, [buffer, *experts.parameters()], seed
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("load", LOADS)
+def test_the_grouped_product_of_gpus_is_the_same_function(load, use_bias, gated):
+    """torch's grouped product has a CPU form, in which its use can be checked (not its speed)."""
+    counts = LOADS[load]
+    experts = make_experts(4, gated=gated, use_bias=use_bias, dtype=torch.float32, hidden=16, ffn=8)
+    buffer, plain, leaves, seed = plain_experts(experts, counts)
+    bias1 = None if experts.fc1.bias is None else experts.fc1.bias.flatten(1)
+    y = grouped_ffn(
+        buffer, experts.fc1.weight.flatten(1, -2), bias1, experts.fc2.weight, experts.fc2.bias, counts,
+        experts.activation,
+    )  # fmt: skip
+    torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad(plain, leaves, seed)
+    for gradient, right in zip(torch.autograd.grad(y, leaves, seed), expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widen", [False, True])
+def test_16_bit_products_are_the_same_widened_or_not(monkeypatch, dtype, widen):
+    """Processors without 16-bit instructions widen an expert's operands; both ways stay within the format."""
+    monkeypatch.setattr("megamoe.moe.experts._is_slow_on_cpu", lambda dtype: widen and dtype is not torch.float32)
+    counts = LOADS["near even"]
+    whole = make_experts(4, dtype=torch.float32, hidden=16, ffn=8)
+    rounded = make_experts(4, dtype=dtype, hidden=16, ffn=8)
+    buffer, plain, leaves, seed = plain_experts(whole, counts)
+    small = buffer.detach().to(dtype).requires_grad_()
+    y = rounded(small, counts)
+    assert y.dtype is dtype
+    got = torch.autograd.grad(y, [small, *rounded.parameters()], seed.to(dtype))
+    for value, right in zip((y, *got), (plain, *torch.autograd.grad(plain, leaves, seed)), strict=True):
+        assert (value.float() - right).norm() < 2e-2 * right.norm()
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "swiglu"])
+def test_written_gradients_of_activations_are_autograd_s(name):
+    activation = ACTIVATIONS[name]
+    a = torch.randn(6, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    g = activation.forward(a)
+    assert g.shape == (6, 4 if activation.is_gated else 8)
+    seed = torch.randn(g.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (expected,) = torch.autograd.grad(g, a, seed)
+    torch.testing.assert_close(activation.backward(seed, a.detach()), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("counts", [[4, 4, 4, 4], [20, 0, 0, 1]])

@@ -72,8 +72,12 @@ def make_problem(shape: Shape, dtype: torch.dtype, *, gated: bool, seed: int = 0
         return torch.empty(size).normal_(0.0, std, generator=generator).to(dtype)
 
     e, d, f = shape.experts, shape.hidden, shape.ffn
-    x, router = normal(shape.tokens, d, std=1.0), normal(e, d, std=d**-0.5)
+    x, router = normal(2 * shape.tokens, d, std=1.0), normal(e, d, std=d**-0.5)
     x[:, 0], router[:, 0] = 1.0, 0.0
+    # The half whose choices are clearest: layers that round the scores in different places still choose alike.
+    best = F.linear(x.float(), router.float()).topk(min(e, shape.top_k + 1), dim=-1).values
+    gaps = torch.minimum(best[:, 0] - best[:, 1], best[:, -2] - best[:, -1])
+    x = x[gaps.argsort(descending=True, stable=True)[: shape.tokens].sort().values]
     return Problem(
         shape=shape, gated=gated, x=x, grad=normal(shape.tokens, d, std=1.0), router=router,
         fc1=normal(*((e, 2, f, d) if gated else (e, f, d)), std=d**-0.5), fc2=normal(e, d, f, std=f**-0.5),
@@ -82,9 +86,9 @@ def make_problem(shape: Shape, dtype: torch.dtype, *, gated: bool, seed: int = 0
 
 
 def choices(problem: Problem) -> Tensor:
-    """[S, k] experts of each token."""
-    logits = F.linear(problem.x, problem.router).float()
-    return logits.topk(problem.shape.top_k, dim=-1).indices
+    """[S, k] experts of each token, best first; the lower index wins a tie, as in our layer."""
+    scores = F.linear(problem.x, problem.router).float()
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, : problem.shape.top_k]
 
 
 def demand(problem: Problem) -> Tensor:
@@ -172,8 +176,8 @@ def ours(problem: Problem, *, dropless: bool) -> Contestant:
         balance_loss="first_choice" if s.top_k <= 2 else "all_choices", balance_loss_coeff=problem.coefficient,
     )  # fmt: skip
     context = MoEContext(
-        config=config, hidden_size=s.hidden, expert_ffn_hidden_size=s.ffn, gated=problem.gated,
-        activation=F.silu if problem.gated else F.gelu, use_bias=problem.bias1 is not None,
+        config=config, hidden_size=s.hidden, expert_ffn_hidden_size=s.ffn,
+        activation="swiglu" if problem.gated else "gelu", use_bias=problem.bias1 is not None,
         dtype=problem.x.dtype, device="meta", parallel=ExpertParallel(None, 1, None, 1, 1, 0, False),
         loss_scale=LossScale(), statistics=LoadStatistics(s.experts), evaluation=EvaluationMode(),
     )  # fmt: skip
@@ -301,6 +305,7 @@ def megatron(problem: Problem) -> Contestant:
     if not problem.gated:
         raise CannotRun("compared with the SwiGLU family only")
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -313,6 +318,8 @@ def megatron(problem: Problem) -> Contestant:
         perform_initialization=False, use_cpu_initialization=True, params_dtype=problem.x.dtype,
         bf16=problem.x.dtype is torch.bfloat16, moe_router_dtype="fp32",
     )  # fmt: skip
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16.1 defines it only where Transformer Engine is, and reads it always
     with contextlib.redirect_stdout(io.StringIO()):
         spec = get_moe_module_spec(use_te=False, num_experts=s.experts, moe_grouped_gemm=False)
         layer = build_module(spec, config=config)
@@ -332,7 +339,7 @@ def tutel(problem: Problem) -> Contestant:
     try:
         from tutel import moe
     except ImportError as error:
-        raise CannotRun("not installed (no wheel for this platform on the package index)") from error
+        raise CannotRun("not installed") from error
     if problem.gated:
         raise CannotRun("compared with the GELU family only")
     s = problem.shape
