@@ -22,7 +22,8 @@ from tests.parallel.worlds import LAUNCH_TIMEOUT_SECONDS
 TRAINING_KEYS = {
     "step", "loss", "lm_loss", "aux_loss", "perplexity", "grad_norm", "lr", "tokens_per_second", "step_seconds",
     "samples", "tokens", "dropped_fraction", "expert_load_max_over_mean", "skipped_steps", "memory_bytes",
-    "global_batch_size",
+    "global_batch_size", "dropped_first_fraction", "dropped_second_fraction", "expert_load_entropy",
+    "expert_load_top_fifth", "expert_load_bottom_fifth", "unused_experts", "router_logit_rms",
 }  # fmt: skip
 VALIDATION_KEYS = {"step", "valid_loss", "valid_perplexity"}
 RAMPED_BATCHES = [2, 2, 4, 6, 8, 8, 8, 8]  # from 2 by 2, over the first 9 samples: 3 increments
