@@ -13,7 +13,7 @@ from megamoe.topology.parameters import dimensions
 
 PRECISION_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_DENSE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "swiglu": F.silu,  # of the gate half; the linear half multiplies it
@@ -43,7 +43,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         hidden_dropout=model.hidden_dropout,
         normalization={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.normalization],
         layernorm_epsilon=model.norm_epsilon,
-        activation_func=ACTIVATIONS[model.activation],
+        activation_func=_DENSE_ACTIVATIONS[model.activation],
         gated_linear_unit=model.activation == "swiglu",
         add_bias_linear=model.use_bias,
         tensor_model_parallel_size=parallel.tensor_parallel_size,

@@ -100,8 +100,9 @@ def expert_by_expert_ffn(
     """The FFN of each expert on its own rows, written in place into shared outputs and gradients.
 
     x is [R, h], weight1 [n, f, h] (gated [n, 2 f, h]), bias1 [n, f] or [n, 2 f], weight2 [n, h, f], bias2 [n, h]; the
-    result is [R, h]. On CPUs this beats one batched product at every number of experts: nothing is padded to the
-    fullest expert, and each weight gradient is written once, where it belongs (tools/benchmarks/moe_layer.py).
+    result is [R, h]. On a CPU this is as fast as one batched product of even load at 8 experts, faster at 64 and 512,
+    and does not care how uneven the load is: nothing is padded to the fullest expert, and each weight gradient is
+    written once, where it belongs (docs/benchmarks.md).
     """
     return _ExpertByExpert.apply(x, weight1, bias1, weight2, bias2, rows_per_expert, activation)
 

@@ -47,12 +47,6 @@ def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     return folder / name
 
 
-def completed_steps(run_dir: str | os.PathLike[str]) -> int:
-    """Optimizer steps that the newest checkpoint of a run has behind it; 0 without one."""
-    newest = latest_checkpoint(run_dir)
-    return 0 if newest is None else step_of(newest.name) or 0
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file as one act: readers see the old or the new content, also after a crash."""
     partial = path.with_name(path.name + ".partial")

@@ -12,7 +12,6 @@ from megamoe.training import run_folder
 from megamoe.training.run_folder import (
     checkpoint_name,
     checkpoints_path,
-    completed_steps,
     latest_checkpoint,
     prepare,
     step_of,
@@ -40,14 +39,12 @@ def test_the_newest_is_the_one_that_latest_names(tmp_path):
     make(tmp_path, 10, 20, 30, latest="step_00000020\n")
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000020"
     assert latest_checkpoint(str(tmp_path)) == tmp_path / "checkpoints" / "step_00000020"
-    assert completed_steps(tmp_path) == 20
 
 
 def test_without_latest_there_is_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path / "nothing") is None
     make(tmp_path, 10, latest=None)  # the first save was interrupted before it counted
     assert latest_checkpoint(tmp_path) is None
-    assert completed_steps(tmp_path) == 0
     (tmp_path / "file").write_text("")
     assert latest_checkpoint(tmp_path / "file") is None
 
@@ -65,13 +62,12 @@ def test_without_latest_there_is_no_checkpoint(tmp_path):
 def test_a_latest_that_names_none_says_which_there_are(tmp_path, latest, shown):
     make(tmp_path, 20, 10, latest=latest)
     (checkpoints_path(tmp_path) / ".step_00000030.partial").mkdir()
-    for look in (latest_checkpoint, completed_steps):
-        with pytest.raises(CheckpointError) as caught:
-            look(tmp_path)
-        assert str(caught.value) == (
-            f'{tmp_path}/checkpoints/latest names "{shown}", which is no checkpoint beside it: write the name of one '
-            "of ['step_00000010', 'step_00000020'] into it, or remove it to start anew"
-        )
+    with pytest.raises(CheckpointError) as caught:
+        latest_checkpoint(tmp_path)
+    assert str(caught.value) == (
+        f'{tmp_path}/checkpoints/latest names "{shown}", which is no checkpoint beside it: write the name of one '
+        "of ['step_00000010', 'step_00000020'] into it, or remove it to start anew"
+    )
 
 
 def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
