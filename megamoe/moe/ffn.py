@@ -8,7 +8,7 @@ Both keep x and a for the backward pass and can make g again there. On CPUs that
 rows in the cache is no slower than writing g to memory and reading it back; on GPUs it is a setting.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megamoe.moe.activations import Activation
+from megamoe.moe.workers import share_out
 
 # ---------------------------------------------------------------- GPUs
 
@@ -120,16 +121,20 @@ class _ExpertByExpert(torch.autograd.Function):
     ) -> Tensor:
         matrices1, matrices2 = weight1.flatten(1, -2), weight2
         a, y = x.new_empty((x.shape[0], matrices1.shape[1])), torch.empty_like(x)
-        blocks = _blocks(rows_per_expert, matrices2.shape[2])
-        g_memory = _scratch(blocks, matrices2.shape[2], x)
         xs, as_, ys = (rows.split(rows_per_expert) for rows in (x, a, y))
         weights1, weights2 = matrices1.transpose(1, 2).unbind(), matrices2.transpose(1, 2).unbind()
         biases1, biases2 = _per_expert(bias1, len(xs)), _per_expert(bias2, len(xs))
-        for experts, rows, counts in blocks:
-            _products(xs[experts], weights1[experts], as_[experts], biases1[experts])
-            g = g_memory[: sum(counts)]
-            activation.forward_into(a[rows].to(g.dtype), g)
-            _products(g.split(counts), weights2[experts], ys[experts], biases2[experts])
+        blocks = _blocks(rows_per_expert, matrices2.shape[2])
+
+        def work(own_blocks: Iterator[_Block]) -> None:
+            g_memory = _scratch(blocks, matrices2.shape[2], x)
+            for experts, rows, counts in own_blocks:
+                _products(xs[experts], weights1[experts], as_[experts], biases1[experts])
+                g = g_memory[: sum(counts)]
+                activation.forward_into(a[rows].to(g.dtype), g)
+                _products(g.split(counts), weights2[experts], ys[experts], biases2[experts])
+
+        share_out(blocks, work, num_threads=_num_threads(blocks))
         ctx.save_for_backward(x, a, weight1, weight2)
         ctx.parameters = weight1, weight2  # saved tensors may come back as other objects, without `.grad`
         ctx.bias_shapes = tuple(None if bias is None else bias.shape for bias in (bias1, bias2))
@@ -139,24 +144,29 @@ class _ExpertByExpert(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, a, weight1, weight2 = ctx.saved_tensors
-        matrices1, matrices2 = weight1.flatten(1, -2), weight2
+        matrices1, matrices2, activation, blocks = weight1.flatten(1, -2), weight2, ctx.activation, ctx.blocks
         grad_x, grad_y = torch.empty_like(x), grad_y.contiguous()
         (grad_weight1, adds1), (grad_weight2, adds2) = map(_gradient_memory, ctx.parameters)
         grad_bias1, grad_bias2 = (None if shape is None else x.new_zeros(shape) for shape in ctx.bias_shapes)
-        memory = [_scratch(ctx.blocks, width, x) for width in (matrices2.shape[2], matrices2.shape[2], a.shape[1])]
         xs, grad_xs, grad_ys = (rows.split(ctx.rows_per_expert) for rows in (x, grad_x, grad_y))
         weights1, weights2 = matrices1.unbind(), matrices2.unbind()
         grads1, grads2 = grad_weight1.flatten(1, -2).unbind(), grad_weight2.unbind()
         bias_grads1, bias_grads2 = _per_expert(grad_bias1, len(xs)), _per_expert(grad_bias2, len(xs))
-        for experts, rows, counts in ctx.blocks:
-            g, grad_g, grad_a = (scratch[: sum(counts)] for scratch in memory)
-            own_a, grad_gs, grad_as = a[rows].to(g.dtype), grad_g.split(counts), grad_a.split(counts)
-            ctx.activation.forward_into(own_a, g)
-            _weight_gradients(grad_ys[experts], g.split(counts), grads2[experts], bias_grads2[experts], adds=adds2)
-            _products(grad_ys[experts], weights2[experts], grad_gs)
-            ctx.activation.backward_into(grad_g, own_a, grad_a)
-            _weight_gradients(grad_as, xs[experts], grads1[experts], bias_grads1[experts], adds=adds1)
-            _products(grad_as, weights1[experts], grad_xs[experts])
+
+        def work(own_blocks: Iterator[_Block]) -> None:
+            widths = (matrices2.shape[2], matrices2.shape[2], a.shape[1])
+            memory = [_scratch(blocks, width, x) for width in widths]
+            for experts, rows, counts in own_blocks:
+                g, grad_g, grad_a = (scratch[: sum(counts)] for scratch in memory)
+                own_a, grad_gs, grad_as = a[rows].to(g.dtype), grad_g.split(counts), grad_a.split(counts)
+                activation.forward_into(own_a, g)
+                _weight_gradients(grad_ys[experts], g.split(counts), grads2[experts], bias_grads2[experts], adds=adds2)
+                _products(grad_ys[experts], weights2[experts], grad_gs)
+                activation.backward_into(grad_g, own_a, grad_a)
+                _weight_gradients(grad_as, xs[experts], grads1[experts], bias_grads1[experts], adds=adds1)
+                _products(grad_as, weights1[experts], grad_xs[experts])
+
+        share_out(blocks, work, num_threads=_num_threads(blocks))
         return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, None, None
 
 
@@ -167,9 +177,13 @@ class _Block(NamedTuple):
     rows: slice
     counts: list[int]  # rows of each of the experts
 
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
 
 def _blocks(rows_per_expert: list[int], ffn: int) -> list[_Block]:
-    """All experts, those without rows too, in blocks of about `_BLOCK_ELEMENTS` activations."""
+    """All experts, those without rows too, in blocks of about `_BLOCK_ELEMENTS` activations; the largest first."""
     blocks, first, first_row, row = [], 0, 0, 0
     for expert, count in enumerate(rows_per_expert):
         row += count
@@ -177,12 +191,20 @@ def _blocks(rows_per_expert: list[int], ffn: int) -> list[_Block]:
             experts = slice(first, expert + 1)
             blocks.append(_Block(experts, slice(first_row, row), rows_per_expert[experts]))
             first, first_row = expert + 1, row
-    return blocks
+    return sorted(blocks, key=lambda block: -block.num_rows)
+
+
+def _num_threads(blocks: list[_Block]) -> int:
+    """Threads that blocks are shared out to: all of torch's, or 1 where one block alone would keep the rest waiting
+    (then all threads work on each product). Measured by tools/benchmarks/moe_layer.py, docs/benchmarks.md."""
+    num_threads = torch.get_num_threads()
+    largest, total = blocks[0].num_rows, sum(block.num_rows for block in blocks)
+    return num_threads if 2 * num_threads * largest <= total else 1
 
 
 def _scratch(blocks: list[_Block], width: int, x: Tensor) -> Tensor:
     """Memory for `width` values of each row of any block."""
-    return x.new_empty((max(sum(block.counts) for block in blocks), width), dtype=_compute_dtype(x.dtype))
+    return x.new_empty((blocks[0].num_rows, width), dtype=_compute_dtype(x.dtype))
 
 
 def _per_expert(stacked: Tensor | None, num_experts: int) -> tuple[Tensor | None, ...]:
