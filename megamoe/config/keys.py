@@ -203,7 +203,9 @@ def accepted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
             bounds += extra.metadata if isinstance(extra, FieldInfo) else [extra]
         return accepted(arguments[0], bounds)
     if _is_union(annotation):
-        return " or ".join(accepted(choice) for choice in arguments)
+        # A list comes last: what its items are would else seem to go on.
+        choices = sorted(arguments, key=lambda choice: typing.get_origin(choice) is tuple)
+        return " or ".join(accepted(choice) for choice in choices)
     if origin is Literal:
         values = ", ".join(str(value) for value in arguments)
         return f"one of {values}" if len(arguments) > 1 else values

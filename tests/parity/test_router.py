@@ -143,6 +143,16 @@ def test_the_bias_goes_the_references_way(loads: list[list[int]]) -> None:
     torch.testing.assert_close(biases.of(3), torch.tensor(expected), atol=1e-7, rtol=0)
 
 
+def test_layers_of_different_size_have_biases_of_their_own() -> None:
+    biases, loads = BalanceBias(0.01, "cpu"), {0: [3, 1], 2: [5, 0, 0, 3], 5: [1, 2, 0]}
+    for layer, load in loads.items():
+        biases.add_layer(layer, len(load))
+        biases.record(layer, torch.repeat_interleave(torch.arange(len(load)), torch.tensor(load))[:, None])
+    biases.update((), was_applied=True)
+    for layer, load in loads.items():
+        assert biases.of(layer).tolist() == pytest.approx(reference.next_bias([0.0] * len(load), load, 0.01))
+
+
 def test_a_skipped_step_leaves_the_bias_and_its_loads_behind() -> None:
     biases = BalanceBias(0.5, "cpu")
     biases.add_layer(0, 2)

@@ -8,7 +8,7 @@ import torch
 from megamoe.config.schema import MoEConfig
 from megamoe.moe.routing import route
 from megamoe.moe.statistics import LoadStatistics
-from megamoe.training.report import load_loss, load_metrics, summarize
+from megamoe.training.report import _local_rows, load_loss, load_metrics, summarize
 
 
 def rows(demand: list[float], dropped: list[float], sums: list[float], count: float) -> torch.Tensor:
@@ -28,6 +28,32 @@ def test_a_crowded_load_and_drops_of_each_choice() -> None:
     assert report.entropy == pytest.approx(-sum(p * math.log(p) for p in (0.7, 0.2, 0.1)) / math.log(5))
     assert (report.top_fifth_share, report.bottom_fifth_share, report.unused_experts) == pytest.approx((0.7, 0.0, 2))
     assert report.dropped_by_choice == pytest.approx([0.2, 0.5]) and report.dropped_fraction == pytest.approx(0.35)
+
+
+def test_in_a_pyramid_every_layer_is_measured_by_its_own_experts() -> None:
+    """Layer 0 has 2 experts, one of them idle; layer 2 has 10 at an even load: the padding is nobody."""
+    padded = torch.cat([
+        rows([30.0] + [0.0] * 9, [3.0], [2.0, 0.0, 4.0], 1), rows([4.0] * 10, [0.0], [1.0, 0.0, 0.0], 1)
+    ])  # fmt: skip
+    report = summarize(padded, {0: 2, 2: 10}, 1)
+    assert report.entropy == pytest.approx((0.0 + 1.0) / 2)
+    assert report.unused_experts == 1
+    assert report.max_over_mean == pytest.approx(30.0 / 15.0)
+    assert report.top_fifth_share == pytest.approx((1.0 + 0.2) / 2)  # a fifth of 2 experts is one, of 10 two
+    assert report.bottom_fifth_share == pytest.approx((0.0 + 0.2) / 2)
+    assert report.by_layer == {0: [30.0, 0.0], 2: [4.0] * 10}
+    assert report.dropped_fraction == pytest.approx(3 / 70) and report.balance_loss == 3.0
+
+
+def test_rows_of_layers_of_different_size_are_padded_to_the_largest() -> None:
+    statistics = LoadStatistics()
+    for layer, size in {0: 2, 2: 4}.items():
+        logits = torch.arange(3 * size, dtype=torch.float32).view(3, size)  # everyone wants the last expert
+        routing = route(logits, top_k=1, capacity=2, normalize=False)
+        statistics.record(layer, routing, torch.tensor(1.0 + layer), logits=logits)
+    found = _local_rows(statistics, {0: 2, 1: 3, 2: 4}, 1)
+    assert found[:, :5].tolist() == [[0, 3, 0, 0, 1], [0] * 5, [0, 0, 0, 3, 1]]
+    assert found[:, [5, 8]].tolist() == [[1.0, 1.0], [0.0, 0.0], [3.0, 1.0]]
 
 
 def test_nothing_counted_is_no_division_by_zero() -> None:
