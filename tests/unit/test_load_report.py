@@ -31,18 +31,21 @@ def test_a_crowded_load_and_drops_of_each_choice() -> None:
 
 
 def test_in_a_pyramid_every_layer_is_measured_by_its_own_experts() -> None:
-    """Layer 0 has 2 experts, one of them idle; layer 2 has 10 at an even load: the padding is nobody."""
+    """Of 3 experts one is idle, 10 have an even load: the padding of the shorter rows is nobody."""
+    demands = [[24.0, 6.0], [15.0, 15.0, 0.0], [4.0] * 10]
     padded = torch.cat([
-        rows([30.0] + [0.0] * 9, [3.0], [2.0, 0.0, 4.0], 1), rows([4.0] * 10, [0.0], [1.0, 0.0, 0.0], 1)
+        rows(demand + [0.0] * (10 - len(demand)), [dropped], [balance, 0.0, 0.0], 1)
+        for demand, dropped, balance in zip(demands, [3.0, 0.0, 0.0], [2.0, 1.5, 1.0], strict=True)
     ])  # fmt: skip
-    report = summarize(padded, {0: 2, 2: 10}, 1)
-    assert report.entropy == pytest.approx((0.0 + 1.0) / 2)
+    report = summarize(padded, {0: 2, 2: 3, 5: 10}, 1)
+    of_first = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) / math.log(2)
+    assert report.entropy == pytest.approx((of_first + math.log(2) / math.log(3) + 1.0) / 3)
     assert report.unused_experts == 1
-    assert report.max_over_mean == pytest.approx(30.0 / 15.0)
-    assert report.top_fifth_share == pytest.approx((1.0 + 0.2) / 2)  # a fifth of 2 experts is one, of 10 two
-    assert report.bottom_fifth_share == pytest.approx((0.0 + 0.2) / 2)
-    assert report.by_layer == {0: [30.0, 0.0], 2: [4.0] * 10}
-    assert report.dropped_fraction == pytest.approx(3 / 70) and report.balance_loss == 3.0
+    assert report.max_over_mean == pytest.approx(24.0 / 15.0)
+    assert report.top_fifth_share == pytest.approx((0.8 + 0.5 + 0.2) / 3)  # a fifth of 2 or 3 is one, of 10 two
+    assert report.bottom_fifth_share == pytest.approx((0.2 + 0.0 + 0.2) / 3)
+    assert report.by_layer == dict(zip((0, 2, 5), demands, strict=True))
+    assert report.dropped_fraction == pytest.approx(3 / 100) and report.balance_loss == 4.5
 
 
 def test_rows_of_layers_of_different_size_are_padded_to_the_largest() -> None:
