@@ -41,6 +41,7 @@ _ALIASES = {
     "moe.top_k": ("k", "topk", "moe_top_k", "moe_router_topk", "router_topk", "num_experts_per_tok"),
     "moe.layer_pattern": ("moe_freq", "moe_layer_freq", "expert_interval", "decoder_sparse_step", "moe_layers"),
     "moe.expert_ffn_hidden_size": ("moe_ffn_hidden_size", "moe_intermediate_size", "expert_hidden_size"),
+    "moe.shared_expert_ffn_hidden_size": ("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
     "moe.capacity_factor": ("capacity", "moe_capacity_factor", "moe_expert_capacity_factor"),
     "moe.normalize_gates": ("norm_topk_prob", "normalize_gate", "renormalize"),
     "moe.balance_loss_coeff": ("aux_loss_coeff", "moe_aux_loss_coeff", "router_aux_loss_coef", "moe_loss_coeff",
@@ -202,7 +203,9 @@ def accepted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
             bounds += extra.metadata if isinstance(extra, FieldInfo) else [extra]
         return accepted(arguments[0], bounds)
     if _is_union(annotation):
-        return " or ".join(accepted(choice) for choice in arguments)
+        # A list comes last: what its items are would else seem to go on.
+        choices = sorted(arguments, key=lambda choice: typing.get_origin(choice) is tuple)
+        return " or ".join(accepted(choice) for choice in choices)
     if origin is Literal:
         values = ", ".join(str(value) for value in arguments)
         return f"one of {values}" if len(arguments) > 1 else values

@@ -1,6 +1,7 @@
 """Checks of the routing settings among themselves, which `validation` runs for models with experts."""
 
 from megamoe.config.schema import MoEConfig
+from megamoe.config.structure import common_divisor_of_experts, expert_counts
 from megamoe.errors import ConfigError
 
 
@@ -38,14 +39,16 @@ def _check_groups(moe: MoEConfig) -> None:
     if groups is None or selected is None:
         present, absent = ("num_selected_groups", "num_expert_groups")[:: 1 if groups is None else -1]
         raise ConfigError(f"{present} {selected or groups} needs {absent}, which is not set: set both or neither")
-    if moe.num_experts % groups:
-        valid = ", ".join(str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0)
-        raise ConfigError(f"num_expert_groups {groups} does not divide num_experts {moe.num_experts}: use {valid}")
+    for name, count in expert_counts(moe).items():
+        if count % groups:
+            common = common_divisor_of_experts(moe)
+            valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise ConfigError(f"num_expert_groups {groups} does not divide {name} {count}: use {valid}")
     if selected > groups:
         raise ConfigError(
             f"num_selected_groups {selected} is more than num_expert_groups {groups}: use 1 to {groups}"
         )
-    size = moe.num_experts // groups
+    size = min(expert_counts(moe).values()) // groups  # of the layer with the fewest experts
     if selected * size < moe.top_k:
         raise ConfigError(
             f"num_selected_groups {selected} of {size} experts each hold fewer than top_k {moe.top_k} experts: "

@@ -57,13 +57,18 @@ class MoEConfig(Section):
     """The mixture of experts. `num_experts = 0` is the dense model through the same code."""
 
     num_experts: CountOrZero = 0
+    num_experts_by_layer: tuple[PositiveInt, ...] | None = None
+    # a pyramid: experts of each MoE layer, lowest first; num_experts is the largest of them. None: num_experts in each
     top_k: PositiveInt = 2
     layer_pattern: PositiveInt | tuple[int, ...] = 2
     # A period p: MoE where (i + 1) % p == 0 (0-based layer i); or the 0-based MoE layers themselves.
     expert_ffn_hidden_size: PositiveInt | None = None  # None: model.ffn_hidden_size
+    shared_expert_ffn_hidden_size: PositiveInt | None = None  # an FFN that every token passes; None: there is none
+    shared_expert_mix: Literal["add", "sigmoid_gate", "residual"] = "add"
+    # how its output joins the routed one: their sum; the sum after a learned gate on it; a learned weight for each
     dropless: bool = False
     capacity_factor: Annotated[float, Field(gt=0.0)] = 1.0
-    # capacity of one expert for one rank's micro-batch of S tokens: top_k * ceil(S / num_experts * capacity_factor)
+    # capacity of one expert for one rank's micro-batch of S tokens: top_k * ceil(S / experts * capacity_factor)
     drop_policy: Literal["position", "probability"] = "position"
     # who is dropped over capacity: later tokens, second choices before first ones; or the least probable
     eval_capacity_factor: Annotated[float, Field(gt=0.0)] | None = None  # None: as in training
@@ -121,6 +126,7 @@ class OptimizerConfig(Section):
     # mean: the gradient of the mean loss; sqrt_world_size: times sqrt(ranks that share one set of experts)
     expert_grad_world_size: PositiveInt | None = None  # that number of ranks; None: expert_parallel_size
     expert_lr_scale: Annotated[float, Field(gt=0.0)] | Literal["inverse_sqrt_experts"] = 1.0
+    # multiplies the experts' learning rate; inverse_sqrt_experts: 1 / sqrt(experts of the layer)
     initial_loss_scale: Annotated[float, Field(gt=0.0)] = 4.0  # fp16
     loss_scale_window_steps: PositiveInt = 2_000
     min_loss_scale: Annotated[float, Field(gt=0.0)] = 1e-4

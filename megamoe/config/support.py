@@ -131,6 +131,19 @@ FEATURES = (
         "in every p-th layer or in listed layers; capacity or dropless",
     ),
     Feature(
+        "Pyramid",
+        "moe.num_experts_by_layer",
+        "null, or a list",
+        "as many entries as layers with experts; expert parallel and expert groups divide each; top_k at most the "
+        "smallest",
+    ),
+    Feature(
+        "Shared expert",
+        "moe.shared_expert_ffn_hidden_size",
+        "null, or its FFN size",
+        "tensor parallel divides it; joined by `moe.shared_expert_mix` add, sigmoid_gate or residual",
+    ),
+    Feature(
         "Gradient clipping", "optimizer.clip_grad", "0 (off) or a norm", "counts each parameter once over all ranks"
     ),
     Feature("Optimizers", "optimizer.name", "adamw, sgd", "NVIDIA apex's fused Adam where it is installed"),

@@ -5,10 +5,11 @@ unique in the tree. Types and bounds of single keys are the schema's.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from megamoe.config.routing import check_router
 from megamoe.config.schema import Config
+from megamoe.config.structure import check_dense, check_structure, common_divisor_of_experts, expert_counts
 from megamoe.config.support import check_supported
 from megamoe.errors import ConfigError
 
@@ -95,9 +96,14 @@ def _check_experts(config: Config) -> None:
         for key in ("expert_parallel_size", "expert_tensor_parallel_size"):
             if getattr(parallel, key) > 1:
                 raise ConfigError(f"{key} {getattr(parallel, key)} needs experts, but num_experts is 0: use {key} 1")
+        check_dense(moe)
         return
-    if moe.top_k > moe.num_experts:
-        raise ConfigError(f"top_k {moe.top_k} is more than num_experts {moe.num_experts}: use 1 to {moe.num_experts}")
+    _check_pattern(moe.layer_pattern, num_layers)
+    check_structure(config)
+    for name, count in expert_counts(moe).items():
+        if moe.top_k > count:
+            fewest = min(expert_counts(moe).values())
+            raise ConfigError(f"top_k {moe.top_k} is more than {name} {count}: use 1 to {fewest}")
     if moe.top_k == 1 and moe.normalize_gates:
         raise ConfigError(
             "top_k 1 with normalize_gates true makes every gate 1, so that the router never learns from the language "
@@ -106,21 +112,24 @@ def _check_experts(config: Config) -> None:
     if moe.eval_capacity_factor is not None and moe.eval_capacity_fraction is not None:
         raise ConfigError("eval_capacity_factor and eval_capacity_fraction are both set: use one of them")
     check_router(moe)
-    if isinstance(moe.layer_pattern, int):
-        if moe.layer_pattern > num_layers:
+
+
+def _check_pattern(pattern: int | Sequence[int], num_layers: int) -> None:
+    if isinstance(pattern, int):
+        if pattern > num_layers:
             raise ConfigError(
-                f"layer_pattern {moe.layer_pattern} puts experts in none of the {num_layers} layers: "
+                f"layer_pattern {pattern} puts experts in none of the {num_layers} layers: "
                 f"use 1 to {num_layers}, or a list of layers"
             )
         return
-    if not moe.layer_pattern:
+    if not pattern:
         raise ConfigError("layer_pattern [] puts experts in no layer: list at least one, or set num_experts 0")
-    for layer in moe.layer_pattern:
+    for layer in pattern:
         if not 0 <= layer < num_layers:
             raise ConfigError(
                 f"layer_pattern names layer {layer}, but num_layers is {num_layers}: use layers 0 to {num_layers - 1}"
             )
-        if moe.layer_pattern.count(layer) > 1:
+        if pattern.count(layer) > 1:
             raise ConfigError(f"layer_pattern names layer {layer} twice: list each layer once")
 
 
@@ -139,6 +148,8 @@ def _cut_by_tensor(config: Config) -> Mapping[str, int]:
         sizes["num_query_groups"] = model.num_query_groups
     if _has_dense_layers(config):
         sizes["ffn_hidden_size"] = _ffn_size(config)
+    if config.moe.shared_expert_ffn_hidden_size is not None:
+        sizes["shared_expert_ffn_hidden_size"] = config.moe.shared_expert_ffn_hidden_size
     sizes["the padded vocabulary"] = _padded_vocab_size(config)
     if config.parallel.sequence_parallel or config.moe.num_experts:
         # With experts each tensor rank routes its own part of the sequence, so that no token is computed twice.
@@ -163,7 +174,9 @@ def _check_layout(config: Config) -> None:
             f"use {' or '.join(str(size) for size in sorted({1, tensor}))}"
         )
     if config.moe.num_experts:
-        _require_divides("expert_parallel_size", parallel.expert_parallel_size, "num_experts", config.moe.num_experts)
+        valid = divisors(common_divisor_of_experts(config.moe))
+        for name, count in expert_counts(config.moe).items():
+            _require_divides("expert_parallel_size", parallel.expert_parallel_size, name, count, valid)
         size = _expert_ffn_size(config)
         _require_divides("expert_tensor_parallel_size", expert_tensor, "expert_ffn_hidden_size", size, [1])
     _check_stages(config)
@@ -283,7 +296,7 @@ def _check_world(config: Config, world_size: int) -> None:
     expert, expert_tensor = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
     if stage_ranks % (expert * expert_tensor):
         places = stage_ranks // math.gcd(stage_ranks, expert_tensor)
-        valid = divisors(math.gcd(places, config.moe.num_experts) if config.moe.num_experts else 1)
+        valid = divisors(math.gcd(places, common_divisor_of_experts(config.moe)) if config.moe.num_experts else 1)
         raise ConfigError(
             f"expert_parallel_size {expert} x expert_tensor_parallel_size {expert_tensor} does not divide the "
             f"{stage_ranks} ranks of a pipeline stage: use expert_parallel_size {_listed(valid)}"

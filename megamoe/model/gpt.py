@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from megamoe.model.transformer_config import PRECISION_DTYPE, transformer_config
 from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELayer
 from megamoe.moe.losses import LossScale
+from megamoe.moe.shared import SharedExpert
 from megamoe.moe.statistics import LoadStatistics
-from megamoe.topology.parameters import dimensions, moe_layers, padded_vocab_size
+from megamoe.topology.parameters import dimensions, experts_by_layer, padded_vocab_size
 from megamoe.topology.stages import stage_layers
 
 # Megatron warns once per layer that our MoE layer is not one of the classes it hands groups to; it has its own.
@@ -111,7 +113,7 @@ def block_spec(
     config: Config, groups: ParallelGroups, context: MoEContext, layers: range
 ) -> TransformerBlockSubmodules:
     """The layers of one stage: the two families, dense and MoE layers, all by choice of submodules."""
-    with_experts = set(moe_layers(config.model, config.moe))
+    num_experts = experts_by_layer(config.model, config.moe)
     return TransformerBlockSubmodules(
         layer_specs=[
             ModuleSpec(
@@ -121,7 +123,9 @@ def block_spec(
                     self_attention=_attention_spec(config, groups),
                     self_attn_bda=get_bias_dropout_add,
                     pre_mlp_layernorm=Norm,
-                    mlp=_moe_spec(context, layer) if layer in with_experts else _ffn_spec(),
+                    mlp=(
+                        _moe_spec(context, groups, layer, num_experts[layer]) if layer in num_experts else _ffn_spec()
+                    ),
                     mlp_bda=get_bias_dropout_add,
                 ),
             )
@@ -164,8 +168,16 @@ def _ffn_spec() -> ModuleSpec:
     )
 
 
-def _moe_spec(context: MoEContext, layer: int) -> ModuleSpec:
-    return ModuleSpec(module=MoELayer, params={"context": context, "layer": layer})
+def _moe_spec(context: MoEContext, groups: ParallelGroups, layer: int, num_experts: int) -> ModuleSpec:
+    params: dict[str, Any] = {"context": context, "layer": layer, "num_experts": num_experts}
+    if context.config.shared_expert_ffn_hidden_size is not None:
+        params["shared_expert"] = partial(
+            SharedExpert,
+            ffn_hidden_size=context.config.shared_expert_ffn_hidden_size,
+            mix=context.config.shared_expert_mix,
+            tensor_group=groups.tensor,
+        )
+    return ModuleSpec(module=MoELayer, params=params)
 
 
 def _moe_context(

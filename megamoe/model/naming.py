@@ -27,6 +27,9 @@ _IN_LAYER = {
     "mlp.router": "router",
     "mlp.experts.fc1": "experts.fc1",
     "mlp.experts.fc2": "experts.fc2",
+    "mlp.shared_expert.linear_fc1": "shared_expert.fc1",
+    "mlp.shared_expert.linear_fc2": "shared_expert.fc2",
+    "mlp.shared_expert.mixing": "shared_expert_mix",
 }
 
 # Module path outside the layers -> global path.

@@ -19,8 +19,8 @@ class BalanceBias:
     a pipeline stage holds the same values.
     """
 
-    def __init__(self, num_experts: int, update_rate: float, device: torch.device | str) -> None:
-        self.num_experts, self.update_rate, self.device = num_experts, update_rate, device
+    def __init__(self, update_rate: float, device: torch.device | str) -> None:
+        self.update_rate, self.device = update_rate, device
         self.by_layer: dict[int, Tensor] = {}  # 0-based layer -> [E] fp32
         self._loads: dict[int, Tensor] = {}
 
@@ -28,11 +28,11 @@ class BalanceBias:
     def is_on(self) -> bool:
         return self.update_rate > 0.0
 
-    def add_layer(self, layer: int) -> None:
+    def add_layer(self, layer: int, num_experts: int) -> None:
         """Called by each MoE layer when it is made; its bias starts at zero."""
         if self.is_on:
-            self.by_layer[layer] = torch.zeros(self.num_experts, device=self.device)
-            self._loads[layer] = torch.zeros(self.num_experts, dtype=torch.int64, device=self.device)
+            self.by_layer[layer] = torch.zeros(num_experts, device=self.device)
+            self._loads[layer] = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
 
     def of(self, layer: int) -> Tensor | None:
         """[E], or None where balancing by bias is off."""
@@ -41,7 +41,7 @@ class BalanceBias:
     def record(self, layer: int, expert_index: Tensor) -> None:
         """Count the choices [S, k] of one micro-batch, dropped ones too."""
         if self.is_on:
-            self._loads[layer] += count_experts(expert_index, self.num_experts)
+            self._loads[layer] += count_experts(expert_index, len(self._loads[layer]))
 
     @torch.no_grad()
     def update(self, groups: Iterable[dist.ProcessGroup], *, was_applied: bool) -> None:
@@ -54,14 +54,14 @@ class BalanceBias:
         if not self.by_layer:
             return
         layers = sorted(self.by_layer)
-        loads = torch.stack([self._loads[layer] for layer in layers])
+        loads = torch.cat([self._loads[layer] for layer in layers])
         for layer in layers:
             self._loads[layer].zero_()
         if not was_applied:
             return
         for group in groups:
             dist.all_reduce(loads, group=group)
-        # Sign of the mean minus the load in whole numbers: a load exactly at the mean must not move by rounding.
-        direction = (loads.sum(dim=1, keepdim=True) - loads * self.num_experts).sign()
-        for layer, signs in zip(layers, direction, strict=True):
-            self.by_layer[layer] += self.update_rate * signs
+        sizes = [len(self.by_layer[layer]) for layer in layers]
+        for layer, load in zip(layers, loads.split(sizes), strict=True):
+            # Sign of the mean minus the load in whole numbers: a load exactly at the mean must not move by rounding.
+            self.by_layer[layer] += self.update_rate * (load.sum() - load * len(load)).sign()

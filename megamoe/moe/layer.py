@@ -9,7 +9,9 @@ route the same tokens and sum their partial results.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from megamoe.moe.experts import StackedExperts
 from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share, z_loss
 from megamoe.moe.routers import JITTER_STATE, build_router
 from megamoe.moe.routing import Normalization, Routing, expert_capacity, settle
+from megamoe.moe.shared import SharedExpert
 from megamoe.moe.statistics import LoadStatistics
 
 
@@ -84,9 +87,9 @@ class Router(nn.Module):
     section 2.2). They come from a random state of Megatron's tracker, which recompute rewinds and checkpoints hold.
     """
 
-    def __init__(self, context: MoEContext) -> None:
+    def __init__(self, context: MoEContext, num_experts: int) -> None:
         super().__init__()
-        shape = (context.config.num_experts, context.hidden_size)
+        shape = (num_experts, context.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=context.dtype, device=context.device))
         self.input_jitter = context.config.input_jitter
 
@@ -104,19 +107,23 @@ class MoELayer(DeepSpeedMoE):
     """Router, dispatch, stacked experts, combine. A DeepSpeed `MoE` by class, so that its engine keeps expert
     gradients and optimizer partitions apart; none of DeepSpeed's gates, masks or padded buffers are used."""
 
-    def __init__(self, config: Any, *, context: MoEContext, layer: int) -> None:
-        """`config` is Megatron's TransformerConfig, which every spec module is handed; `layer` is 0-based."""
+    def __init__(
+        self, config: Any, *, context: MoEContext, layer: int, num_experts: int,
+        shared_expert: Callable[[Any], SharedExpert] | None = None,
+    ) -> None:  # fmt: skip
+        """`config` is Megatron's TransformerConfig, which every spec module is handed, and of which `shared_expert`
+        builds the FFN beside the experts; `layer` is 0-based."""
         nn.Module.__init__(self)  # not DeepSpeedMoE.__init__: it would build the gate and experts replaced here
         parallel = context.parallel
         self.context, self.layer = context, layer
-        self.num_experts = context.config.num_experts  # read by DeepSpeed's engine
+        self.num_experts = num_experts  # read by DeepSpeed's engine
         self.ep_size = parallel.expert_size
         self.expert_group_name = expert_group_name(parallel.expert_size)
         self.num_local_experts = self.num_experts // parallel.expert_size
-        self.router = Router(context)
+        self.router = Router(context, num_experts)
         self.choose = build_router(context.config)
         if context.balance_bias is not None:
-            context.balance_bias.add_layer(layer)
+            context.balance_bias.add_layer(layer, num_experts)
         self.experts = StackedExperts(
             num_local_experts=self.num_local_experts,
             hidden_size=context.hidden_size,
@@ -130,6 +137,8 @@ class MoELayer(DeepSpeedMoE):
         for parameter in self.experts.parameters():
             parameter.allreduce = False  # DeepSpeed: reduce over the expert-data group, not over data parallel
             parameter.group_name = self.expert_group_name
+        # Dense parameters like any other: no `allreduce` mark.
+        self.shared_expert = shared_expert(config) if shared_expert is not None else None
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed's engine, which here finds the groups registered instead of making its own."""
@@ -137,20 +146,26 @@ class MoELayer(DeepSpeedMoE):
 
     def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
         """hidden [s, b, h] (a slice of s under sequence parallelism) -> the same shape, and no separate bias."""
-        x = self._enter(hidden)
-        y = self._route_and_apply(x.reshape(-1, x.shape[-1]), num_sequences=x.shape[1]).view_as(x)
-        return self._leave(y), None
+        x, beside = self._enter(hidden), None
+        if self.shared_expert is not None:
+            beside = partial(self.shared_expert, hidden)
+        y, shared = self._route_and_apply(x.reshape(-1, x.shape[-1]), num_sequences=x.shape[1], beside=beside)
+        y = self._leave(y.view_as(x))
+        return y if self.shared_expert is None else self.shared_expert.mix(hidden, y, shared), None
 
-    def _route_and_apply(self, x: Tensor, *, num_sequences: int) -> Tensor:
-        """x [S, h], token t of sequence t % num_sequences -> [S, h]."""
+    def _route_and_apply(
+        self, x: Tensor, *, num_sequences: int, beside: Callable[[], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [S, h], token t of sequence t % num_sequences -> [S, h], and what `beside` returns, computed on the way."""
         parallel = self.context.parallel
         routing, losses = self._route(x, num_sequences)
         buffer, metadata = dispatch(x, routing, parallel.expert_group)
+        shared = beside() if beside is not None else None
         y = combine(self.experts(buffer, metadata.rows_per_expert), routing, metadata)
         for loss, coefficient in losses:
             # Router gradients are summed over the tensor group, whose ranks each hold a slice or a copy of the loss.
             y = attach_loss(y, loss, self.context.loss_scale, coefficient / parallel.tensor_size)
-        return y
+        return y, shared
 
     def _route(self, x: Tensor, num_sequences: int) -> tuple[Routing, list[tuple[Tensor, float]]]:
         """The decision for x [S, h], and the losses it costs with their coefficients, those above 0."""
@@ -208,7 +223,7 @@ class MoELayer(DeepSpeedMoE):
             if config.eval_capacity_fraction is not None:
                 return math.ceil(config.eval_capacity_fraction * num_tokens)
             factor = config.eval_capacity_factor or factor
-        return expert_capacity(num_tokens, config.num_experts, config.top_k, factor)
+        return expert_capacity(num_tokens, self.num_experts, config.top_k, factor)
 
     def _enter(self, hidden: Tensor) -> Tensor:
         parallel = self.context.parallel

@@ -34,8 +34,7 @@ class LoadStatistics:
     No value is read back here, so counting never waits for the device.
     """
 
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
+    def __init__(self) -> None:
         self._loads: dict[int, LayerLoad] = {}
 
     @torch.no_grad()
@@ -49,7 +48,7 @@ class LoadStatistics:
         logits: Tensor | None = None,
     ) -> None:
         """Add one micro-batch of 0-based `layer`: its routing, its losses, its router logits [S, E]."""
-        demand = count_experts(routing.expert_index, self.num_experts).double()
+        demand = count_experts(routing.expert_index, len(routing.tokens_per_expert)).double()
         dropped = routing.kept.shape[0] - routing.kept.sum(dim=0, dtype=torch.float64)
         nothing = torch.zeros((), dtype=torch.float64, device=demand.device)
         square = nothing if logits is None else logits.norm().double().square() / max(1, logits.numel())

@@ -22,6 +22,7 @@ __all__ = [
     "Parameter",
     "Uniform",
     "dimensions",
+    "experts_by_layer",
     "local_shape",
     "local_slices",
     "moe_layers",
@@ -32,7 +33,7 @@ __all__ = [
     "seed_of",
 ]
 
-Kind = Literal["embedding", "norm", "attention", "ffn", "router", "expert", "output"]
+Kind = Literal["embedding", "norm", "attention", "ffn", "router", "expert", "mix", "output"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Dimensions:
     query_groups: int
     head_dim: int
     vocab: int
-    experts: int
     expert_ffn: int
+    shared_expert_ffn: int | None
 
 
 def padded_vocab_size(model: ModelConfig) -> int:
@@ -94,8 +95,8 @@ def dimensions(model: ModelConfig, moe: MoEConfig) -> Dimensions:
         query_groups=groups,
         head_dim=model.head_dim or model.hidden_size // heads,
         vocab=padded_vocab_size(model),
-        experts=moe.num_experts,
         expert_ffn=moe.expert_ffn_hidden_size or ffn,
+        shared_expert_ffn=moe.shared_expert_ffn_hidden_size,
     )
 
 
@@ -114,13 +115,29 @@ def moe_layers(model: ModelConfig, moe: MoEConfig) -> tuple[int, ...]:
     return tuple(sorted(set(moe.layer_pattern)))
 
 
+def experts_by_layer(model: ModelConfig, moe: MoEConfig) -> dict[int, int]:
+    """0-based MoE layer -> its number of experts, ascending by layer.
+
+    Raises ConfigError as `moe_layers` does, and where num_experts_by_layer does not name each MoE layer once.
+    """
+    layers, counts = moe_layers(model, moe), moe.num_experts_by_layer
+    if counts is None:
+        return dict.fromkeys(layers, moe.num_experts)
+    if len(counts) != len(layers):
+        raise ConfigError(
+            f"moe.num_experts_by_layer has {len(counts)} entries, but {len(layers)} layers hold experts: "
+            "give one for each of them"
+        )
+    return dict(zip(layers, counts, strict=True))
+
+
 def param_table(model: ModelConfig, moe: MoEConfig) -> tuple[Parameter, ...]:
     """Every parameter of the model in model order; the experts of a layer are stacked in one entry each.
 
     Positions (sinusoidal, rotary) have no parameters. Raises ConfigError as `dimensions` and `moe_layers` do.
     """
     sizes, rule = dimensions(model, moe), init_rule(model)
-    with_experts = set(moe_layers(model, moe))
+    num_experts = experts_by_layer(model, moe)
     table = [
         Parameter("embedding.weight", (sizes.vocab, sizes.hidden), "embedding", None, 0, None, rule.embedding(), False)
     ]
@@ -128,7 +145,11 @@ def param_table(model: ModelConfig, moe: MoEConfig) -> tuple[Parameter, ...]:
         table += _norm(f"layers.{layer}.attention_norm", sizes.hidden, layer, bias=model.normalization == "layernorm")
         table += _attention(model, sizes, rule, layer)
         table += _norm(f"layers.{layer}.ffn_norm", sizes.hidden, layer, bias=model.normalization == "layernorm")
-        table += _experts(model, sizes, rule, layer) if layer in with_experts else _ffn(model, sizes, rule, layer)
+        if layer in num_experts:
+            table += _experts(model, sizes, rule, layer, num_experts[layer])
+            table += _shared_expert(model, moe, sizes, rule, layer)
+        else:
+            table += _ffn(model, sizes, rule, layer)
     table += _norm("final_norm", sizes.hidden, None, bias=model.normalization == "layernorm")
     if not model.tie_embeddings:
         table.append(
@@ -143,7 +164,7 @@ def num_parameters(table: Iterable[Parameter]) -> int:
 
 
 def num_active_parameters(table: Iterable[Parameter], moe: MoEConfig) -> int:
-    """Elements one token passes: everything but the experts, and top_k experts of each MoE layer."""
+    """Elements one token passes: everything but the routed experts, and top_k of those in each MoE layer."""
     total = 0
     for parameter in table:
         if parameter.expert_dim is None:
@@ -260,9 +281,26 @@ def _ffn(model: ModelConfig, sizes: Dimensions, rule: InitRule, layer: int) -> l
     return _two_linears(f"layers.{layer}.ffn", "ffn", layer, (), sizes.ffn, model, rule)
 
 
-def _experts(model: ModelConfig, sizes: Dimensions, rule: InitRule, layer: int) -> list[Parameter]:
+def _experts(model: ModelConfig, sizes: Dimensions, rule: InitRule, layer: int, num_experts: int) -> list[Parameter]:
     """The router (never a bias, never cut) and the stacked experts of one layer."""
-    shape, init = (sizes.experts, sizes.hidden), rule.linear_weight(sizes.hidden)
+    shape, init = (num_experts, sizes.hidden), rule.linear_weight(sizes.hidden)
     router = Parameter(f"layers.{layer}.router.weight", shape, "router", layer, None, None, init, False)
     name = f"layers.{layer}.experts"
-    return [router, *_two_linears(name, "expert", layer, (sizes.experts,), sizes.expert_ffn, model, rule)]
+    return [router, *_two_linears(name, "expert", layer, (num_experts,), sizes.expert_ffn, model, rule)]
+
+
+def _shared_expert(
+    model: ModelConfig, moe: MoEConfig, sizes: Dimensions, rule: InitRule, layer: int
+) -> list[Parameter]:
+    """A dense FFN in all but name, and what weighs it against the experts: one row, or two with a bias; never cut."""
+    if sizes.shared_expert_ffn is None:
+        return []
+    parameters = _two_linears(f"layers.{layer}.shared_expert", "ffn", layer, (), sizes.shared_expert_ffn, model, rule)
+    name, d = f"layers.{layer}.shared_expert_mix", sizes.hidden
+    rows = {"add": 0, "sigmoid_gate": 1, "residual": 2}[moe.shared_expert_mix]
+    if rows:
+        weight = rule.linear_weight(d)
+        parameters.append(Parameter(f"{name}.weight", (rows, d), "mix", layer, None, None, weight, False))
+    if moe.shared_expert_mix == "residual":
+        parameters.append(Parameter(f"{name}.bias", (rows,), "mix", layer, None, None, rule.linear_bias(d), True))
+    return parameters

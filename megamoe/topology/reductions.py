@@ -7,7 +7,8 @@ from megamoe.topology.parameters import Parameter
 def is_summed_over_tensor(parameter: Parameter, parallel: ParallelConfig) -> bool:
     """True where each tensor rank holds the whole parameter but only a part of its gradient.
 
-    - Sequence parallelism: norms and the biases added after a row-cut product see one slice of the sequence each.
+    - Sequence parallelism: norms, what weighs a shared expert, and the biases added after a row-cut product see one
+      slice of the sequence each.
     - Routers: tokens are routed slice by slice, or (expert tensor parallelism) from partial expert results.
     - Query and key norms over one head are shared by heads that lie on different ranks.
     - The last bias of an expert is added by one rank of the expert tensor group.

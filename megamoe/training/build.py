@@ -91,9 +91,9 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     cpu_bridge.apply()
     groups = create_groups(config.parallel)
     seed_generators(config.run.seed, groups, router_jitter=config.moe.num_experts > 0 and config.moe.input_jitter > 0.0)
-    aux_loss_scale, statistics = LossScale(), LoadStatistics(config.moe.num_experts)
+    aux_loss_scale, statistics = LossScale(), LoadStatistics()
     evaluation = EvaluationMode()
-    balance_bias = BalanceBias(config.moe.num_experts, config.moe.balance_bias_update_rate, device)
+    balance_bias = BalanceBias(config.moe.balance_bias_update_rate, device)
     chunks = build_model_chunks(
         config,
         groups,

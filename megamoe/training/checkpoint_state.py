@@ -26,7 +26,8 @@ _MODEL = (
     "model.qk_norm", "model.use_bias", "model.tie_embeddings", "model.scale_embeddings",
     "moe.num_experts", "moe.top_k", "moe.layer_pattern", "moe.expert_ffn_hidden_size", "moe.normalize_gates",
     "moe.score_function", "moe.gate_order", "moe.routed_scaling_factor", "moe.num_expert_groups",
-    "moe.num_selected_groups",
+    "moe.num_selected_groups", "moe.num_experts_by_layer", "moe.shared_expert_ffn_hidden_size",
+    "moe.shared_expert_mix",
 )  # fmt: skip
 # What a run may change without being another: nothing about it is worth a line.
 _FREE = ("run.dir", "run.num_steps", "run.device", "parallel.timeout_seconds", "checkpoint.", "monitor.")

@@ -11,39 +11,40 @@ from megamoe.config.schema import Config
 from megamoe.errors import ConfigError
 from megamoe.model.naming import LocalParameter
 from megamoe.moe.layer import expert_group_name
+from megamoe.topology.parameters import Parameter
 
 
 def parameter_groups(parameters: Sequence[LocalParameter], config: Config) -> list[dict[str, Any]]:
-    """Dense and expert parameters, each with and without weight decay; empty groups are left out.
+    """Dense and expert parameters, each with and without weight decay, experts of each learning rate apart.
 
-    DeepSpeed needs expert groups marked `moe` and named like their process group. `lr_scale` multiplies the schedule.
+    DeepSpeed needs expert groups marked `moe` and named like their process group. `lr_scale` multiplies the schedule;
+    it is the experts' own and differs among them only in a pyramid, under "inverse_sqrt_experts".
     """
-    optimizer, experts = config.optimizer, config.moe.num_experts
-    expert_scale = optimizer.expert_lr_scale
-    if expert_scale == "inverse_sqrt_experts":
-        expert_scale = 1.0 / math.sqrt(max(1, experts))
-    groups = []
-    for is_expert in (False, True):
-        for decays in (True, False):
-            members = [
-                local.tensor
-                for local in parameters
-                if (local.parameter.kind == "expert") == is_expert
-                and (optimizer.decay_norms_and_biases or not local.parameter.is_bias_or_norm) == decays
-            ]
-            if not members:
-                continue
-            name = expert_group_name(config.parallel.expert_parallel_size) if is_expert else "dense"
-            groups.append(
-                {
-                    "params": members,
-                    "weight_decay": optimizer.weight_decay if decays else 0.0,
-                    "lr_scale": float(expert_scale) if is_expert else 1.0,
-                    "name": name,
-                    **({"moe": True} if is_expert else {}),
-                }
-            )
-    return groups
+    optimizer = config.optimizer
+    members: dict[tuple[bool, bool, float], list[torch.Tensor]] = {}
+    for local in parameters:
+        exempt = local.parameter.is_bias_or_norm and not optimizer.decay_norms_and_biases
+        key = (local.parameter.kind == "expert", exempt, _lr_scale(local.parameter, config))
+        members.setdefault(key, []).append(local.tensor)
+    name = expert_group_name(config.parallel.expert_parallel_size)
+    return [
+        {
+            "params": members[is_expert, exempt, lr_scale],
+            "weight_decay": 0.0 if exempt else optimizer.weight_decay,
+            "lr_scale": lr_scale,
+            "name": name if is_expert else "dense",
+            **({"moe": True} if is_expert else {}),
+        }
+        for is_expert, exempt, lr_scale in sorted(members)
+    ]
+
+
+def _lr_scale(parameter: Parameter, config: Config) -> float:
+    """1 for dense parameters; "inverse_sqrt_experts" counts the experts of the parameter's own layer."""
+    scale = config.optimizer.expert_lr_scale
+    if parameter.kind != "expert":
+        return 1.0
+    return 1.0 / math.sqrt(parameter.shape[parameter.expert_dim]) if scale == "inverse_sqrt_experts" else float(scale)
 
 
 def nvidia_apex_adam() -> type[torch.optim.Optimizer] | None:

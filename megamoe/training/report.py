@@ -2,7 +2,9 @@
 
 import math
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from megamoe.config.schema import MoEConfig
 from megamoe.model.parallel import ParallelGroups
 from megamoe.moe.statistics import SUMS, LoadStatistics
-from megamoe.topology.parameters import moe_layers
+from megamoe.topology.parameters import experts_by_layer
 
 if TYPE_CHECKING:
     from megamoe.training.build import Trainer
@@ -50,7 +52,7 @@ class LoadReport:
     dropped_fraction: float  # of all assignments
     dropped_by_choice: list[float]  # of the first choices, of the second ones, …
     max_over_mean: float  # demand of the fullest expert over the mean, of the least even layer
-    entropy: float  # of the demand over its largest value log E: 1 when even, 0 when one expert has all
+    entropy: float  # of the demand over its largest value log E: 1 when even, 0 when one expert has all; E by layer
     top_fifth_share: float  # of the demand that fell on the fullest fifth of the experts
     bottom_fifth_share: float
     unused_experts: int  # experts of all layers that nobody chose
@@ -61,33 +63,37 @@ class LoadReport:
 def load_report(trainer: "Trainer") -> LoadReport | None:
     """Take and reduce the statistics, in one all-reduce; None for a dense model. Collective over all ranks."""
     config = trainer.config
-    layers = moe_layers(config.model, config.moe)
-    if not layers:
+    num_experts = experts_by_layer(config.model, config.moe)
+    if not num_experts:
         return None
-    rows = _local_rows(trainer.statistics, layers, config.moe.num_experts, config.moe.top_k)
+    rows = _local_rows(trainer.statistics, num_experts, config.moe.top_k)
     dist.all_reduce(rows, group=trainer.groups.world)
-    return summarize(rows.cpu(), layers, config.moe.num_experts, config.moe.top_k)
+    return summarize(rows.cpu(), num_experts, config.moe.top_k)
 
 
-def summarize(rows: Tensor, layers: tuple[int, ...], num_experts: int, top_k: int) -> LoadReport:
-    """rows [MoE layers, E + k + sums + 1] as `_local_rows` lays them out, summed over ranks -> the report."""
-    demand, dropped, sums, count = rows.split([num_experts, top_k, len(SUMS), 1], dim=1)
+def summarize(rows: Tensor, num_experts: Mapping[int, int], top_k: int) -> LoadReport:
+    """rows [MoE layers, max E + k + sums + 1] as `_local_rows` lays them out, summed over ranks -> the report.
+
+    `num_experts` has the experts E of each MoE layer, ascending by layer: what lies beyond them in a row is no expert.
+    """
+    padded, dropped, sums, count = rows.split([max(num_experts.values()), top_k, len(SUMS), 1], dim=1)
     balance, z, square = (sums / count.clamp(min=1)).unbind(1)
-    total = demand.sum().clamp(min=1)
-    share = demand / demand.sum(dim=1, keepdim=True).clamp(min=1)
-    ordered, fifth = share.sort(dim=1).values, math.ceil(num_experts / 5)
+    demands = [row[:size] for row, size in zip(padded, num_experts.values(), strict=True)]
+    total = padded.sum().clamp(min=1)
+    shares = [(demand / demand.sum().clamp(min=1)).sort().values for demand in demands]  # emptiest expert first
+    fifths = [(share, math.ceil(len(share) / 5)) for share in shares]
     return LoadReport(
         balance_loss=float(balance.sum()),
         z_loss=float(z.sum()),
         dropped_fraction=float(dropped.sum() / total),
         dropped_by_choice=(dropped.sum(dim=0) / (total / top_k)).tolist(),
-        max_over_mean=float((demand.amax(1) / demand.mean(1).clamp(min=1e-9)).max()),
-        entropy=float(torch.special.entr(share).sum(dim=1).mean()) / math.log(max(2, num_experts)),
-        top_fifth_share=float(ordered[:, -fifth:].sum(dim=1).mean()),
-        bottom_fifth_share=float(ordered[:, :fifth].sum(dim=1).mean()),
-        unused_experts=int((demand == 0).sum()),
+        max_over_mean=max(float(share[-1]) * len(share) for share in shares),
+        entropy=fmean(float(torch.special.entr(share).sum()) / math.log(max(2, len(share))) for share in shares),
+        top_fifth_share=fmean(float(share[-fifth:].sum()) for share, fifth in fifths),
+        bottom_fifth_share=fmean(float(share[:fifth].sum()) for share, fifth in fifths),
+        unused_experts=sum(int((demand == 0).sum()) for demand in demands),
         router_logit_rms=float(square.sqrt().mean()),
-        by_layer={layer: demand[row].tolist() for row, layer in enumerate(layers)},
+        by_layer={layer: demand.tolist() for layer, demand in zip(num_experts, demands, strict=True)},
     )
 
 
@@ -116,12 +122,14 @@ def load_metrics(moe: MoEConfig, load: LoadReport) -> dict[str, float]:
     return metrics
 
 
-def _local_rows(statistics: LoadStatistics, layers: tuple[int, ...], num_experts: int, top_k: int) -> Tensor:
-    """[MoE layers, E + k + sums + 1] fp64: demand of each expert, drops of each choice, SUMS, micro-batches."""
-    rows = torch.zeros((len(layers), num_experts + top_k + len(SUMS) + 1), dtype=torch.float64, device=_device())
+def _local_rows(statistics: LoadStatistics, num_experts: Mapping[int, int], top_k: int) -> Tensor:
+    """[MoE layers, max E + k + sums + 1] fp64: demand of each expert, drops of each choice, SUMS, micro-batches."""
+    layers, widest = list(num_experts), max(num_experts.values())
+    rows = torch.zeros((len(layers), widest + top_k + len(SUMS) + 1), dtype=torch.float64, device=_device())
     for layer, load in statistics.take().items():
         row = rows[layers.index(layer)]
-        row[:-1] = torch.cat([load.demand, load.dropped_by_choice, load.sums])
+        row[: len(load.demand)] = load.demand
+        row[widest:-1] = torch.cat([load.dropped_by_choice, load.sums])
         row[-1] = load.num_micro_batches
     return rows
 

@@ -32,6 +32,10 @@ ARCHITECTURES = {
                                      "moe.expert_ffn_hidden_size=24")),
     "tiny paper": ("moe-15b", (*NARROW, "model.num_layers=4", "moe.num_experts=4")),
     "tiny dense": ("dense-125m", (*NARROW, "model.tie_embeddings=false")),
+    "tiny shared": ("olmoe-1b-7b", (*NARROW, "model.num_query_groups=null", "moe.num_experts=6", "moe.top_k=3",
+                                    "moe.shared_expert_ffn_hidden_size=40", "moe.shared_expert_mix=sigmoid_gate")),
+    "tiny pr-moe": ("moe-15b", (*NARROW, "model.num_layers=4", "moe.num_experts=8", "moe.num_experts_by_layer=[4,8]",
+                                "moe.shared_expert_ffn_hidden_size=80", "moe.shared_expert_mix=residual")),
     "tiny listed": ("olmoe-1b-7b", (*NARROW, "model.num_query_groups=null", "moe.num_experts=6", "moe.top_k=3",
                                     "moe.layer_pattern=[0,2]", "model.use_bias=true", "model.normalization=layernorm")),
 }  # fmt: skip
@@ -71,7 +75,8 @@ def test_model_has_the_parameters_of_the_table(name):
     assert {entry[0]: entry[1] for entry in real} == {parameter.name: parameter.shape for parameter in table}
     assert sum(entry[3] for entry in real) == num_parameters(table)
     for global_name, shape, module_shape, _ in real:  # only the halves of a dense gated FFN may be flattened
-        flattened = (shape[0] * shape[1], *shape[2:]) if ".ffn.fc1." in global_name and len(shape) > 1 else shape
+        halves = ".fc1." in global_name and ".experts." not in global_name and len(shape) > 1
+        flattened = (shape[0] * shape[1], *shape[2:]) if halves else shape
         assert module_shape in (shape, flattened), global_name
 
 

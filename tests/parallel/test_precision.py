@@ -56,14 +56,16 @@ STUCK = (*FP16, "optimizer.initial_loss_scale=33554432", "optimizer.min_loss_sca
 def on_rank(world: int) -> dict[str, Any]:
     """All scenarios of one world size."""
     found: dict[str, Any] = {"bf16": train(world, BF16), "sums": sums_of_many(world), "refusal": refusal(world)}
+    if world == 2:
+        found["bf16_residual"] = train(world, BF16, "residual")
     if world == FP16_WORLD:
         get_accelerator().is_fp16_supported = lambda: True
         found |= {"fp16": train(world, FP16), "dynamic": dynamic_scale(world), "stuck": stuck_scale(world)}
     return found
 
 
-def train(world: int, precision: tuple[str, ...]) -> dict[str, Any]:
-    settings = config("paper", (*LAYOUTS[world], *precision))
+def train(world: int, precision: tuple[str, ...], model: str = "paper") -> dict[str, Any]:
+    settings = config(model, (*LAYOUTS[world], *precision))
     with trainer_of(settings) as trainer:
         rows = steps(trainer, samples(settings, NUM_STEPS))
         return {"rows": rows, **master_facts(trainer)}
@@ -143,9 +145,9 @@ def launch(world: int) -> list[dict[str, Any]]:
 
 
 @cache
-def reference(dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+def reference(dtype: torch.dtype, model: str = "paper") -> tuple[np.ndarray, np.ndarray]:
     """Losses and norms of the plain reference. Dropless, so every layout of the model has the same."""
-    settings = config("paper")
+    settings = config(model)
     run = ReferenceRun(settings, initial_weights(settings), dtype=dtype)
     batches = torch.from_numpy(samples(settings, NUM_STEPS))
     found = [run.step(global_batch(batch, settings.run.micro_batch_size, 1)) for batch in batches]
@@ -157,12 +159,18 @@ def test_bf16_trains_as_fp32_does_within_its_tolerance(world):
     assert_close(world, "bf16", BF16_LOSS, BF16_NORM)
 
 
+def test_a_shared_expert_in_bf16_trains_as_in_fp32_within_its_tolerance():
+    assert_close(2, "bf16_residual", BF16_LOSS, BF16_NORM, "residual")
+
+
 def test_fp16_trains_as_fp32_does_within_its_tolerance():
     assert_close(FP16_WORLD, "fp16", FP16_LOSS, FP16_NORM)
 
 
-def assert_close(world: int, precision: str, loss_tolerance: float, norm_tolerance: float) -> None:
-    losses, norms = reference(torch.float32)
+def assert_close(
+    world: int, precision: str, loss_tolerance: float, norm_tolerance: float, model: str = "paper"
+) -> None:
+    losses, norms = reference(torch.float32, model)
     for rank in launch(world):
         rows = rank[precision]["rows"]
         assert column(rows, "was_applied") == [True] * NUM_STEPS

@@ -37,12 +37,17 @@ from tests.parallel.worlds import (
 DROPOUT = ("model.hidden_dropout=0.2", "model.attention_dropout=0.2")
 FP16 = ("run.precision=fp16", "optimizer.initial_loss_scale=1048576", "optimizer.loss_scale_window_steps=1")
 BIAS = ("moe.score_function=sigmoid", "moe.balance_bias_update_rate=0.01", "moe.input_jitter=0.1")
+PYRAMID = (
+    "moe.num_experts=8", "moe.num_experts_by_layer=[2,8]", "moe.shared_expert_ffn_hidden_size=48",
+    "moe.shared_expert_mix=residual", "optimizer.expert_lr_scale=inverse_sqrt_experts",
+)  # fmt: skip
 # name -> ranks, settings. The fp16 run still looks for its loss scale when it is cut.
 RUNS = {
     "one": (1, (*parallel(zero=0), *DROPOUT)),
     "one_fp16": (1, (*parallel(zero=1), *DROPOUT, *FP16)),
     "one_apex": (1, (*parallel(zero=1), "optimizer.lr=0.02")),  # by an optimizer like NVIDIA apex's
     "one_bias": (1, (*parallel(zero=1), *BIAS)),
+    "two_pyramid": (2, (*parallel(ep=2, zero=1), *BIAS, *PYRAMID, "run.precision=bf16")),
     "two_bf16": (2, (*parallel(ep=2, zero=2), *DROPOUT, "run.precision=bf16")),
     "eight": (8, (*parallel(tp=2, pp=2, ep=2, zero=1), *DROPOUT, "optimizer.clip_grad=0.5")),
 }

@@ -55,6 +55,8 @@ _MODERN = (
 )
 _CAPACITY = ("moe.dropless=false",)
 _BIAS = ("moe.score_function=sigmoid", "moe.balance_bias_update_rate=0.01")
+_SHARED = ("moe.shared_expert_ffn_hidden_size=48",)
+_RESIDUAL = ("moe.shared_expert_mix=residual",)
 _GROUPS = ("moe.num_expert_groups=4", "moe.num_selected_groups=2")
 
 MODELS: dict[str, tuple[str, ...]] = {
@@ -94,6 +96,23 @@ MODELS: dict[str, tuple[str, ...]] = {
         "moe.drop_policy=probability",
         "moe.normalize_when=before_drops",
         "moe.z_loss_coeff=0.02",
+    ),
+    "global": (*_MODERN, "moe.num_experts=8", "moe.balance_loss_scope=global_batch"),
+    # A dense FFN beside the experts, and a different number of experts in each layer.
+    "shared": (*_MODERN, "moe.layer_pattern=1", *_SHARED),
+    "shared_gate": (*_MODERN, "moe.num_experts=8", *_SHARED, "moe.shared_expert_mix=sigmoid_gate"),
+    "residual": (*_BASE, *_SHARED, *_RESIDUAL),
+    "pyramid": (*_MODERN, *_BIAS, "moe.layer_pattern=1", "moe.num_experts=8", "moe.num_experts_by_layer=[2,4,4,8]"),
+    # PR-MoE: one expert each beside the shared one, more experts where they tell more.
+    "residual_pyramid_capacity": (
+        *_BASE,
+        *_SHARED,
+        *_RESIDUAL,
+        *_CAPACITY,
+        "moe.num_experts=8",
+        "moe.num_experts_by_layer=[4,8]",
+        "moe.top_k=1",
+        "moe.normalize_gates=false",
     ),
 }
 
@@ -209,7 +228,20 @@ LAYOUTS: tuple[ParityLayout, ...] = (
     _layout(4, "bias", "tp2 ep4 sp zero2"),
     _layout(4, "grouped", "ep4 zero2 clip=0.5"),
     _layout(4, "probability_capacity", "pp2 ep2 zero1"),
+    # shared experts, residual mixing, pyramids
+    _layout(1, "residual_pyramid_capacity", "zero0"),
+    _layout(2, "residual", "tp2 zero1 clip=0.5"),
+    _layout(2, "shared_gate", "tp2 ep2 sp zero1 recompute=selective"),
+    _layout(2, "pyramid", "ep2 zero2 expert_lr=inverse_sqrt_experts"),
+    _layout(4, "residual", "tp2 etp2 zero1 recompute=full clip=0.5"),
+    _layout(4, "shared", "tp2 pp2 sp zero0 clip=0.5"),
+    _layout(4, "pyramid", "pp2 ep2 zero1 clip=0.5"),
+    _layout(4, "residual_pyramid_capacity", "tp2 ep4 zero2 clip=0.5"),
+    _layout(8, "residual_pyramid_capacity", "tp2 pp2 etp2 ep2 sp zero1 recompute=full"),
+    _layout(8, "shared_gate", "tp2 pp2 ep4 zero2 clip=0.5"),
     # eight ranks: three and more
+    _layout(8, "bias", "tp2 pp2 ep4 sp zero1 clip=0.5"),
+    _layout(8, "global", "tp2 ep4 zero2 clip=0.5 batch=16"),
     _layout(8, "paper", "tp2 pp2 ep2 sp zero1"),
     _layout(8, "paper_capacity", "tp2 pp2 ep2 zero1 clip=0.5 recompute=full"),
     _layout(8, "paper_capacity", "tp2 pp2 vp2 ep2 sp zero1 clip=0.5"),

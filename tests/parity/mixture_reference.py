@@ -50,24 +50,36 @@ def choose(logits: Tensor, moe: MoEConfig, bias: Tensor | None) -> tuple[Tensor,
 
 
 def balance(probabilities: Tensor, choices: Tensor, moe: MoEConfig) -> Tensor:
-    counted = choices[:, :1] if moe.balance_loss == "first_choice" else choices
-    share = torch.bincount(counted.flatten(), minlength=moe.num_experts) / counted.numel()
-    return moe.num_experts * (probabilities.mean(0) * share).sum()
+    counted, num_experts = choices[:, :1] if moe.balance_loss == "first_choice" else choices, probabilities.shape[1]
+    share = torch.bincount(counted.flatten(), minlength=num_experts) / counted.numel()
+    return num_experts * (probabilities.mean(0) * share).sum()
 
 
-def keep(choices: Tensor, weights: Tensor, moe: MoEConfig, num_slices: int) -> Tensor:
+def keep(choices: Tensor, weights: Tensor, moe: MoEConfig, num_experts: int, num_slices: int) -> Tensor:
     """[T, k]: which choices find room, each of `num_slices` ranks filling its experts' places on its own."""
     if moe.dropless:
         return torch.ones_like(choices, dtype=torch.bool)
     routed = len(choices) // num_slices
-    capacity = moe.top_k * math.ceil(moe.capacity_factor * routed / moe.num_experts)
+    capacity = moe.top_k * math.ceil(moe.capacity_factor * routed / num_experts)
     kept = []
     for chosen, weight in zip(choices.split(routed), weights.split(routed), strict=True):
         if moe.drop_policy == "position":
-            kept += kept_by_position(chosen.tolist(), moe.num_experts, capacity)
+            kept += kept_by_position(chosen.tolist(), num_experts, capacity)
         else:
-            kept += kept_by_probability(chosen.tolist(), weight.tolist(), moe.num_experts, capacity)
+            kept += kept_by_probability(chosen.tolist(), weight.tolist(), num_experts, capacity)
     return torch.tensor(kept)
+
+
+def beside(x: Tensor, routed: Tensor, shared: Tensor, weights: dict[str, Tensor], layer: str, moe: MoEConfig) -> Tensor:
+    """Join what the experts and the shared expert make of tokens x, all [T, d]."""
+    if moe.shared_expert_mix == "add":
+        return routed + shared
+    name = f"{layer}.shared_expert_mix"
+    if moe.shared_expert_mix == "sigmoid_gate":
+        return routed + shared / (1 + torch.exp(-(x @ weights[f"{name}.weight"][0])))[:, None]
+    w, b = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    e0, e1 = ((x @ w[i] + b[i]).exp()[:, None] for i in (0, 1))
+    return (e0 * routed + e1 * shared) / (e0 + e1)
 
 
 def mixture(
@@ -75,13 +87,13 @@ def mixture(
     num_slices: int = 1, num_sequences: int = 1, bias: Tensor | None = None,
 ) -> Mixed:  # fmt: skip
     """The MoE layer on tokens x [T, d], of `num_sequences` sequences by turns, that `num_slices` ranks route a slice
-    each; `feed_forward(x, weights, name, expert=e)` is one expert."""
-    num_experts = moe.num_experts
+    each; `feed_forward(x, weights, name, expert=e)` is one expert. The router's rows say how many there are."""
+    num_experts = len(weights[f"{layer}.router.weight"])
     logits = F.linear(x.float(), weights[f"{layer}.router.weight"].float())
     choices, raw, probabilities = choose(logits, moe, bias)
     by_scope = num_sequences if moe.balance_loss_scope == "sequence" else 1
     losses = [balance(probabilities[i::by_scope], choices[i::by_scope], moe) for i in range(by_scope)]
-    kept = keep(choices, raw, moe, num_slices)
+    kept = keep(choices, raw, moe, num_experts, num_slices)
     gates = raw * kept
     if moe.normalize_gates:
         counted = raw if moe.normalize_when == "before_drops" else gates
@@ -93,9 +105,12 @@ def mixture(
         token, j = ((choices == e) & kept).nonzero(as_tuple=True)
         answer = feed_forward(x[token], weights, f"{layer}.experts", expert=e)
         output = output.index_add(0, token, gates[token, j][:, None] * answer.float())
+    output = output.to(x.dtype)
+    if moe.shared_expert_ffn_hidden_size is not None:
+        output = beside(x, output, feed_forward(x, weights, f"{layer}.shared_expert"), weights, layer, moe)
     load = torch.bincount(choices.flatten(), minlength=num_experts)
     z_loss = torch.logsumexp(logits, -1).square().mean()
-    return Mixed(output.to(x.dtype), sum(losses) / by_scope, z_loss, int((~kept).sum()), load)
+    return Mixed(output, sum(losses) / by_scope, z_loss, int((~kept).sum()), load)
 
 
 def next_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:

@@ -31,6 +31,14 @@ def global_batch(samples: Tensor, micro_batch_size: int, data_parallel_size: int
     return dealt
 
 
+def merged(batch: Sequence[Sequence[MicroBatch]]) -> list[MicroBatch]:
+    """The m-th micro-batches of all data ranks as one: the loss whose choices are counted over them together."""
+    return [
+        (torch.cat([tokens for tokens, _ in ranks]), torch.cat([labels for _, labels in ranks]))
+        for ranks in zip(*batch, strict=True)
+    ]
+
+
 def norm(x: Tensor, weights: Weights, name: str, model: ModelConfig) -> Tensor:
     """LayerNorm or RMSNorm over the last dimension, by `model.normalization`."""
     if model.normalization == "layernorm":
@@ -171,14 +179,15 @@ class ReferenceRun:
         self.weights = {name: w.detach().clone().float().requires_grad_() for name, w in weights.items()}
         self.optimizer = self._optimizer()
         layers = range(config.model.num_layers if config.moe.balance_bias_update_rate else 0)
-        self.biases = {i: torch.zeros(config.moe.num_experts) for i in layers if is_moe(i, config.moe)}
+        routers = {i: f"layers.{i}.router.weight" for i in layers if is_moe(i, config.moe)}
+        self.biases = {i: torch.zeros(len(self.weights[name])) for i, name in routers.items()}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         o, groups = self.config.optimizer, []
-        scale = o.expert_lr_scale
-        if scale == "inverse_sqrt_experts":
-            scale = max(1, self.config.moe.num_experts) ** -0.5
         for name, weight in self.weights.items():
+            scale = o.expert_lr_scale
+            if scale == "inverse_sqrt_experts":  # the first dimension of an expert's tensors numbers the experts
+                scale = len(weight) ** -0.5 if ".experts." in name else 1.0
             exempt = not o.decay_norms_and_biases and (name.endswith(".bias") or "norm." in name)
             decay = 0.0 if exempt else o.weight_decay
             groups.append({"params": [weight], "weight_decay": decay, "scale": scale if ".experts." in name else 1.0})
@@ -189,6 +198,9 @@ class ReferenceRun:
     def step(self, batch: Sequence[Sequence[MicroBatch]]) -> StepResult:
         """One optimizer step on batch[data rank][micro-batch]; every micro-batch counts the same."""
         o, moe, micro_batches = self.config.optimizer, self.config.moe, [m for rank in batch for m in rank]
+        if moe.balance_loss_scope == "global_batch":
+            micro_batches = merged(batch)
+            assert moe.dropless, "capacity is each rank's own, and these are all ranks' tokens at once"
         loads = {i: torch.zeros_like(bias) for i, bias in self.biases.items()}
         lm_sum, balance_sum, num_dropped = 0.0, 0.0, 0
         self.optimizer.zero_grad()

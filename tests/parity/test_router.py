@@ -133,8 +133,8 @@ def test_softmax_then_select_equals_select_then_softmax_without_drops() -> None:
 @THOROUGH
 @given(loads=st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=6))
 def test_the_bias_goes_the_references_way(loads: list[list[int]]) -> None:
-    biases, expected = BalanceBias(5, 0.01, "cpu"), [0.0] * 5
-    biases.add_layer(3)
+    biases, expected = BalanceBias(0.01, "cpu"), [0.0] * 5
+    biases.add_layer(3, 5)
     for load in loads:
         for expert, count in enumerate(load):
             biases.record(3, torch.full((count, 1), expert))
@@ -143,9 +143,19 @@ def test_the_bias_goes_the_references_way(loads: list[list[int]]) -> None:
     torch.testing.assert_close(biases.of(3), torch.tensor(expected), atol=1e-7, rtol=0)
 
 
+def test_layers_of_different_size_have_biases_of_their_own() -> None:
+    biases, loads = BalanceBias(0.01, "cpu"), {0: [3, 1], 2: [5, 0, 0, 3], 5: [1, 2, 0]}
+    for layer, load in loads.items():
+        biases.add_layer(layer, len(load))
+        biases.record(layer, torch.repeat_interleave(torch.arange(len(load)), torch.tensor(load))[:, None])
+    biases.update((), was_applied=True)
+    for layer, load in loads.items():
+        assert biases.of(layer).tolist() == pytest.approx(reference.next_bias([0.0] * len(load), load, 0.01))
+
+
 def test_a_skipped_step_leaves_the_bias_and_its_loads_behind() -> None:
-    biases = BalanceBias(2, 0.5, "cpu")
-    biases.add_layer(0)
+    biases = BalanceBias(0.5, "cpu")
+    biases.add_layer(0, 2)
     biases.record(0, torch.zeros(4, 1, dtype=torch.int64))
     biases.update((), was_applied=False)
     assert biases.of(0).tolist() == [0.0, 0.0]
@@ -154,8 +164,8 @@ def test_a_skipped_step_leaves_the_bias_and_its_loads_behind() -> None:
 
 
 def test_without_a_rate_there_is_no_bias() -> None:
-    biases = BalanceBias(2, 0.0, "cpu")
-    biases.add_layer(0)
+    biases = BalanceBias(0.0, "cpu")
+    biases.add_layer(0, 2)
     biases.record(0, torch.zeros(4, 1, dtype=torch.int64))
     biases.update((), was_applied=True)
     assert biases.of(0) is None and biases.by_layer == {}
@@ -166,8 +176,8 @@ def test_the_bias_evens_out_a_crowded_router() -> None:
     logits = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)) * 0.3
     logits[:, 0] += 2.0
     router = build_router(MoEConfig(num_experts=4, top_k=1, normalize_gates=False, score_function="sigmoid"))
-    biases = BalanceBias(4, 0.01, "cpu")
-    biases.add_layer(0)
+    biases = BalanceBias(0.01, "cpu")
+    biases.add_layer(0, 4)
     first = router(logits, biases.of(0)).expert_index
     for _ in range(100):
         biases.record(0, router(logits, biases.of(0)).expert_index)

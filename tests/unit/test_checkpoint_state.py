@@ -12,7 +12,9 @@ from megamoe.training.checkpoint_state import changed_settings, check_same_model
 def old_state() -> dict:
     """As a version wrote it that knew softmax alone."""
     config = Config().model_dump(mode="json")
-    for key in ("score_function", "gate_order", "routed_scaling_factor", "z_loss_coeff"):
+    later = ("score_function", "gate_order", "routed_scaling_factor", "z_loss_coeff", "num_experts_by_layer",
+             "shared_expert_ffn_hidden_size", "shared_expert_mix")  # fmt: skip
+    for key in later:
         del config["moe"][key]
     return {"config": config}
 
@@ -27,3 +29,16 @@ def test_another_router_is_another_model() -> None:
     with pytest.raises(CheckpointError, match=r"moe\.score_function softmax there, sigmoid here"):
         check_same_model(old_state(), config, Path("step_1"))
     assert changed_settings(old_state(), config) == ["moe.z_loss_coeff 0.0 there, 0.1 here"]
+
+
+def test_another_pyramid_or_shared_expert_is_another_model() -> None:
+    moe = {"num_experts": 8, "num_experts_by_layer": [4, 8], "shared_expert_ffn_hidden_size": 32}
+    state = {"config": Config.model_validate({"moe": moe}).model_dump(mode="json")}
+    check_same_model(state, Config.model_validate({"moe": moe}), Path("step_1"))
+    for change, words in {
+        ("num_experts_by_layer", (8, 4)): r"moe\.num_experts_by_layer \[4, 8\] there, \[8, 4\] here",
+        ("shared_expert_ffn_hidden_size", 16): r"moe\.shared_expert_ffn_hidden_size 32 there, 16 here",
+        ("shared_expert_mix", "residual"): r"moe\.shared_expert_mix add there, residual here",
+    }.items():
+        with pytest.raises(CheckpointError, match=words):
+            check_same_model(state, Config.model_validate({"moe": moe | dict([change])}), Path("step_1"))

@@ -124,6 +124,11 @@ def test_the_names_in_messages_are_unique_in_the_tree():
         ("run.precision=fp64", 'run.precision is "fp64" in the command line: it must be one of fp32, bf16, fp16'),
         ("moe.dropless=2", "moe.dropless is 2 in the command line: it must be true or false"),
         (
+            "moe.num_experts_by_layer=4",
+            "moe.num_experts_by_layer is 4 in the command line: it must be null or a list, each a whole number of at "
+            "least 1",
+        ),
+        (
             "moe.layer_pattern=[1,x]",
             'moe.layer_pattern is [1, "x"] in the command line: it must be a whole number of at least 1 or a list, '
             "each a whole number",
@@ -451,6 +456,61 @@ DENSE = ("moe.num_experts=0", "parallel.expert_parallel_size=1")
             ["moe.dropless=true", "moe.drop_policy=probability"],
             "drop_policy probability means nothing with dropless true: use drop_policy position, or dropless false",
         ),
+        (
+            ["moe.shared_expert_mix=residual"],
+            "shared_expert_mix residual needs shared_expert_ffn_hidden_size, which is not set: set it, or use "
+            "shared_expert_mix add",
+        ),
+        (
+            ["moe.shared_expert_ffn_hidden_size=33"],
+            "tensor_parallel_size 2 does not divide shared_expert_ffn_hidden_size 33: use 1",
+        ),
+        (
+            [*DENSE, "moe.shared_expert_ffn_hidden_size=32"],
+            "shared_expert_ffn_hidden_size 32 needs experts to stand beside, but num_experts is 0: use "
+            "shared_expert_ffn_hidden_size null",
+        ),
+        (
+            [*DENSE, "moe.num_experts_by_layer=[4,8]"],
+            "num_experts_by_layer needs num_experts 8, the largest of its entries, but num_experts is 0: set it, or "
+            "use num_experts_by_layer null",
+        ),
+        (
+            ["moe.num_experts_by_layer=[4,4,8]"],
+            "num_experts_by_layer has 3 entries, but layer_pattern puts experts in 2 layers: list 2",
+        ),
+        (
+            ["moe.num_experts_by_layer=[]"],
+            "num_experts_by_layer has 0 entries, but layer_pattern puts experts in 2 layers: list 2",
+        ),
+        (
+            ["moe.num_experts_by_layer=[8]", "moe.layer_pattern=[0,3]"],
+            "num_experts_by_layer has 1 entries, but layer_pattern puts experts in 2 layers: list 2",
+        ),
+        (
+            ["moe.num_experts_by_layer=[2,4]"],
+            "num_experts 8 is not the largest of num_experts_by_layer [2, 4]: use num_experts 4",
+        ),
+        (
+            ["moe.num_experts_by_layer=[4,16]"],
+            "num_experts 8 is not the largest of num_experts_by_layer [4, 16]: use num_experts 16",
+        ),
+        (
+            ["moe.num_experts_by_layer=[6,8]", "parallel.expert_parallel_size=4"],
+            "expert_parallel_size 4 does not divide num_experts_by_layer[0] 6: use 1, 2",
+        ),
+        (
+            ["moe.num_experts_by_layer=[8,2]", "moe.top_k=4"],
+            "top_k 4 is more than num_experts_by_layer[1] 2: use 1 to 2",
+        ),
+        (
+            ["moe.num_experts_by_layer=[8,6]", "moe.num_expert_groups=4", "moe.num_selected_groups=2"],
+            "num_expert_groups 4 does not divide num_experts_by_layer[1] 6: use 1, 2",
+        ),
+        (
+            ["moe.num_experts_by_layer=[8,4]", "moe.num_expert_groups=4", "moe.num_selected_groups=1"],
+            "num_selected_groups 1 of 1 experts each hold fewer than top_k 2 experts: use num_selected_groups 2 to 4",
+        ),
         (["optimizer.min_lr=1"], "min_lr 1 is above lr 0.004: use 0 to 0.004"),
         (["optimizer.warmup_steps=200"], "warmup_steps 200 is not below num_steps 200: use 0 to 199"),
         (["optimizer.decay_steps=20"], "warmup_steps 20 is not below decay_steps 20: use 0 to 19"),
@@ -564,6 +624,8 @@ def test_training_needs_data():
     "overrides",
     [
         ("moe.layer_pattern=[1]", "parallel.pipeline_parallel_size=4"),  # stages without experts
+        ("moe.num_experts_by_layer=[4,8]", "parallel.expert_parallel_size=4"),
+        ("moe.shared_expert_ffn_hidden_size=32", "moe.shared_expert_mix=sigmoid_gate"),
         ("parallel.virtual_pipeline_parallel_size=2",),
         ("parallel.sequence_parallel=true", "parallel.expert_tensor_parallel_size=2"),
         ("optimizer.schedule=wsd",),

@@ -35,7 +35,8 @@ MAY_IMPORT = {
 # Law 2: the files that may import an engine. Patterns, with / as on disk, relative to megamoe/.
 ENGINES = {"megatron", "deepspeed"}
 ENGINE_FILES = {
-    "megatron": ("model/*.py", "moe/layer.py", "training/groups.py", "training/engine.py", "training/step.py"),
+    "megatron": ("model/*.py", "moe/layer.py", "moe/shared.py", "training/groups.py", "training/engine.py",
+                 "training/step.py"),
     "deepspeed": ("model/cpu_bridge.py", "moe/layer.py", "training/groups.py", "training/engine.py"),
 }
 

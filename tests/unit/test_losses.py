@@ -135,7 +135,7 @@ def record(statistics: LoadStatistics, layer: int, capacity: int | None, loss: f
 
 
 def test_loads_add_up_by_layer_and_start_anew_when_taken():
-    statistics = LoadStatistics(3)
+    statistics = LoadStatistics()
     record(statistics, 1, 2, 1.5)
     record(statistics, 1, 1, 2.0)
     record(statistics, 3, 2, 4.0)
@@ -148,7 +148,7 @@ def test_loads_add_up_by_layer_and_start_anew_when_taken():
 
 
 def test_what_is_counted_in_between_is_forgotten():
-    statistics = LoadStatistics(3)
+    statistics = LoadStatistics()
     record(statistics, 1, None, 1.0)
     kept = statistics.take()
     record(statistics, 1, 1, 50.0)
@@ -160,7 +160,7 @@ def test_what_is_counted_in_between_is_forgotten():
 
 
 def test_counting_keeps_no_graph():
-    statistics = LoadStatistics(3)
+    statistics = LoadStatistics()
     routing = route(torch.randn(4, 3), top_k=1, capacity=None, normalize=False)
     statistics.record(0, routing, torch.ones((), requires_grad=True))
     assert not statistics.take()[0].balance_loss.requires_grad

@@ -38,6 +38,9 @@ TABLE = param_table(SWIGLU, MoEConfig(num_experts=4))
         ("decoder.layers.10.mlp.router.weight", 20, "layers.30.router.weight"),
         ("decoder.layers.1.mlp.experts.fc1.bias", 0, "layers.1.experts.fc1.bias"),
         ("decoder.layers.1.mlp.experts.fc2.weight", 0, "layers.1.experts.fc2.weight"),
+        ("decoder.layers.1.mlp.shared_expert.linear_fc1.weight", 0, "layers.1.shared_expert.fc1.weight"),
+        ("decoder.layers.1.mlp.shared_expert.linear_fc2.bias", 2, "layers.3.shared_expert.fc2.bias"),
+        ("decoder.layers.0.mlp.shared_expert.mixing.weight", 2, "layers.2.shared_expert_mix.weight"),
     ],
 )
 def test_global_names(module_name, first_layer, name):

@@ -76,6 +76,26 @@ def test_experts_may_learn_at_a_rate_of_their_own(scale, expected):
     }
 
 
+def test_in_a_pyramid_the_rate_follows_each_layers_own_experts():
+    pyramid = ("moe.num_experts=16", "moe.layer_pattern=1", "moe.num_experts_by_layer=[4,16]")
+    groups = named_groups(settings(*pyramid, "optimizer.expert_lr_scale=inverse_sqrt_experts"))
+    rates = {name: group["lr_scale"] for group, names in groups for name in names}
+    for ending in EXPERT_ENDINGS:
+        assert (rates[f"layers.0.{ending}"], rates[f"layers.1.{ending}"]) == (0.5, 0.25)
+    assert {rate for name, rate in rates.items() if ".experts." not in name} == {1.0}
+    assert [group["name"] for group, _ in named_groups(settings(*pyramid))] == ["dense", "ep_size_1"]
+
+
+def test_shared_experts_learn_as_dense_layers_do():
+    shared = ("moe.shared_expert_ffn_hidden_size=16", "moe.shared_expert_mix=residual")
+    groups = named_groups(settings(*shared, "optimizer.expert_lr_scale=0.5"))
+    for group, names in groups:
+        for name in names:
+            is_routed = ".experts." in name
+            assert (group["lr_scale"], group.get("moe", False)) == (0.5 if is_routed else 1.0, is_routed), name
+    assert any("shared_expert_mix" in name for _, names in groups for name in names)
+
+
 def test_a_model_without_experts_or_biases_has_no_empty_group():
     config = settings("optimizer.expert_lr_scale=inverse_sqrt_experts", preset="laptop-dense")
     assert [group["name"] for group, _ in named_groups(config)] == ["dense"]

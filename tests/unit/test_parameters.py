@@ -17,6 +17,7 @@ from megamoe.topology.parameters import (
     Normal,
     Uniform,
     dimensions,
+    experts_by_layer,
     local_shape,
     local_slices,
     moe_layers,
@@ -164,6 +165,77 @@ def test_names_and_shapes_of_the_modern_family():
     assert biased["layers.0.attention.q_norm.weight"] == biased["layers.0.attention.k_norm.weight"] == (6,)
 
 
+def test_names_and_shapes_of_shared_experts():
+    added = MoEConfig(num_experts=6, shared_expert_ffn_hidden_size=20)
+    table = {p.name: p for p in param_table(TINY, added) if "shared" in p.name}
+    assert {name: p.shape for name, p in table.items()} == {
+        f"layers.{i}.shared_expert.{ending}": shape
+        for i in (1, 3)
+        for ending, shape in {"fc1.weight": (20, 8), "fc1.bias": (20,), "fc2.weight": (8, 20), "fc2.bias": (8,)}.items()
+    }
+    assert [table[f"layers.1.shared_expert.{name}"].tensor_dim for name in ("fc1.weight", "fc1.bias")] == [0, 0]
+    assert [table[f"layers.1.shared_expert.{name}"].tensor_dim for name in ("fc2.weight", "fc2.bias")] == [1, None]
+    assert {(p.kind, p.expert_dim) for p in table.values()} == {("ffn", None)}
+    gated = shapes(param_table(MODERN, added.model_copy(update={"shared_expert_mix": "sigmoid_gate"})))
+    assert gated["layers.1.shared_expert.fc1.weight"] == (2, 20, 8)
+    assert gated["layers.1.shared_expert_mix.weight"] == (1, 8)
+    assert not [name for name in gated if name.endswith("bias")]
+    residual = added.model_copy(update={"shared_expert_mix": "residual"})
+    mix = [p for p in param_table(MODERN, residual) if p.kind == "mix"]  # a bias whatever use_bias says
+    assert {p.name: p.shape for p in mix} == {
+        f"layers.{i}.shared_expert_mix.{ending}": shape
+        for i in (1, 3)
+        for ending, shape in {"weight": (2, 8), "bias": (2,)}.items()
+    }
+    assert all((p.tensor_dim, p.expert_dim) == (None, None) for p in mix)
+    assert all(p.is_bias_or_norm == p.name.endswith("bias") for p in mix)
+
+
+def test_every_layer_of_a_pyramid_has_its_own_number_of_experts():
+    moe = MoEConfig(num_experts=6, layer_pattern=(3, 0, 1), num_experts_by_layer=(2, 4, 6))
+    assert experts_by_layer(TINY, moe) == {0: 2, 1: 4, 3: 6}
+    assert list(experts_by_layer(TINY, moe)) == [0, 1, 3]
+    assert experts_by_layer(TINY, MoEConfig(num_experts=6)) == {1: 6, 3: 6}
+    assert experts_by_layer(TINY, MoEConfig()) == {}
+    table = shapes(param_table(TINY, moe))
+    assert [table[f"layers.{i}.router.weight"][0] for i in (0, 1, 3)] == [2, 4, 6]
+    assert [table[f"layers.{i}.experts.fc2.bias"] for i in (0, 1, 3)] == [(2, 8), (4, 8), (6, 8)]
+    assert "layers.2.ffn.fc1.weight" in table
+    with pytest.raises(ConfigError) as raised:
+        experts_by_layer(TINY, MoEConfig(num_experts=6, num_experts_by_layer=(2, 4, 6)))
+    assert str(raised.value) == (
+        "moe.num_experts_by_layer has 3 entries, but 2 layers hold experts: give one for each of them"
+    )
+
+
+def test_active_parameters_of_a_pyramid_with_shared_experts():
+    """The shared expert counts once, whole; of each layer's experts top_k, or all where there are fewer."""
+    moe = MoEConfig(
+        num_experts=6, top_k=2, num_experts_by_layer=(1, 6), shared_expert_ffn_hidden_size=20,
+        shared_expert_mix="residual",
+    )  # fmt: skip
+    table = param_table(TINY, moe)
+    ffn, shared, mix = 2 * 8 * 32 + 32 + 8, 2 * 8 * 20 + 20 + 8, 2 * 8 + 2
+    rest = num_parameters(param_table(TINY, MoEConfig())) - 2 * ffn
+    assert num_parameters(table) == rest + (1 + 6) * (ffn + 8) + 2 * (shared + mix)
+    assert num_active_parameters(table, moe) == rest + (1 + 2) * ffn + (1 + 6) * 8 + 2 * (shared + mix)
+
+
+def test_parameters_of_published_shared_and_pyramid_models():
+    """Qwen1.5-MoE-A2.7B (its config.json's shapes, without the biases of queries, keys and values): 14.3B, 2.7B."""
+    model = ModelConfig(
+        num_layers=24, hidden_size=2048, num_attention_heads=16, vocab_size=151_936, normalization="rmsnorm",
+        activation="swiglu", position_embedding="rope", use_bias=False, tie_embeddings=False,
+    )  # fmt: skip
+    moe = MoEConfig(
+        num_experts=60, top_k=4, layer_pattern=1, expert_ffn_hidden_size=1408, shared_expert_ffn_hidden_size=5632,
+        shared_expert_mix="sigmoid_gate",
+    )  # fmt: skip
+    table = param_table(model, moe)
+    assert num_parameters(table) == 14_315_784_192 - 24 * 3 * 2048
+    assert 2.6e9 < num_active_parameters(table, moe) < 2.75e9
+
+
 def test_which_dimension_of_each_tensor_is_cut():
     """By name ending: (tensor_dim, expert_dim). Nothing else is cut."""
     plain = {
@@ -232,7 +304,8 @@ def test_padded_vocabulary(vocab_size, multiple):
 
 def test_initial_values_of_the_paper_family():
     model = TINY.model_copy(update={"num_query_groups": 2})
-    init = {p.name: p.init for p in param_table(model, MoEConfig(num_experts=6))}
+    moe = MoEConfig(num_experts=6, shared_expert_ffn_hidden_size=20, shared_expert_mix="residual")
+    init = {p.name: p.init for p in param_table(model, moe)}
     assert init["embedding.weight"] == Normal(8**-0.5)
     assert init["layers.0.attention.qkv.weight"].bound == pytest.approx(math.sqrt(1 / 2) * math.sqrt(6 / (8 + 8)))
     assert init["layers.0.attention.qkv.bias"] == Uniform(8**-0.5)
@@ -242,13 +315,17 @@ def test_initial_values_of_the_paper_family():
     assert init["layers.0.ffn.fc2.weight"] == init["layers.1.experts.fc2.bias"] == Uniform(32**-0.5)
     assert init["layers.1.experts.fc2.weight"] == Uniform(32**-0.5)
     assert init["layers.1.router.weight"] == Uniform(8**-0.5)
+    assert init["layers.1.shared_expert.fc1.weight"] == init["layers.1.shared_expert.fc1.bias"] == Uniform(8**-0.5)
+    assert init["layers.1.shared_expert.fc2.weight"] == init["layers.1.shared_expert.fc2.bias"] == Uniform(20**-0.5)
+    assert init["layers.1.shared_expert_mix.weight"] == init["layers.1.shared_expert_mix.bias"] == Uniform(8**-0.5)
     assert init["final_norm.weight"] == Constant(1.0)
     assert init["final_norm.bias"] == Constant(0.0)
 
 
 def test_initial_values_of_the_normal_rule():
     model = MODERN.model_copy(update={"use_bias": True, "init_std": 0.04})
-    table = param_table(model, MoEConfig(num_experts=6))
+    moe = MoEConfig(num_experts=6, shared_expert_ffn_hidden_size=20, shared_expert_mix="residual")
+    table = param_table(model, moe)
     small = Normal(0.04 / math.sqrt(2 * 4))
     for parameter in table:
         if parameter.kind == "norm":

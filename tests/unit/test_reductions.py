@@ -6,7 +6,9 @@ from megamoe.config.schema import ModelConfig, MoEConfig, ParallelConfig
 from megamoe.topology.parameters import param_table
 from megamoe.topology.reductions import is_summed_over_tensor, is_whole_on_each_tensor_rank
 
-MOE = MoEConfig(num_experts=4, layer_pattern=2)
+MOE = MoEConfig(
+    num_experts=4, layer_pattern=2, shared_expert_ffn_hidden_size=12, shared_expert_mix="residual"
+)
 PAPER = param_table(ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2), MOE)
 MODERN = {"normalization": "rmsnorm", "activation": "swiglu", "position_embedding": "rope", "tie_embeddings": False}
 HEAD_NORM = param_table(ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, qk_norm="head", **MODERN), MOE)
@@ -25,6 +27,8 @@ LIES = {
     "attention.qkv.weight": "cut", "attention.qkv.bias": "cut",
     "attention.out.weight": "cut", "attention.out.bias": "slice",
     ".ffn.fc1.weight": "cut", ".ffn.fc1.bias": "cut", ".ffn.fc2.weight": "cut", ".ffn.fc2.bias": "slice",
+    ".shared_expert.fc1.weight": "cut", ".shared_expert.fc1.bias": "cut", ".shared_expert.fc2.weight": "cut",
+    ".shared_expert.fc2.bias": "slice", "shared_expert_mix.weight": "slice", "shared_expert_mix.bias": "slice",
     "router.weight": "part",
     "experts.fc1.weight": "expert cut", "experts.fc1.bias": "expert cut", "experts.fc2.weight": "expert cut",
     "experts.fc2.bias": "expert whole",

@@ -179,9 +179,9 @@ def ours(problem: Problem, *, dropless: bool) -> Contestant:
         config=config, hidden_size=s.hidden, expert_ffn_hidden_size=s.ffn,
         activation="swiglu" if problem.gated else "gelu", use_bias=problem.bias1 is not None,
         dtype=problem.x.dtype, device="meta", parallel=ExpertParallel(None, 1, None, 1, 1, 0, False),
-        loss_scale=LossScale(), statistics=LoadStatistics(s.experts), evaluation=EvaluationMode(),
+        loss_scale=LossScale(), statistics=LoadStatistics(), evaluation=EvaluationMode(),
     )  # fmt: skip
-    layer = MoELayer(None, context=context, layer=0)
+    layer = MoELayer(None, context=context, layer=0, num_experts=s.experts)
     weights = {
         "router.weight": problem.router, "experts.fc1.weight": problem.fc1, "experts.fc2.weight": problem.fc2,
         "experts.fc1.bias": problem.bias1, "experts.fc2.bias": problem.bias2,
