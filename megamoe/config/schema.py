@@ -94,6 +94,9 @@ class ParallelConfig(Section):
     expert_parallel_size: PositiveInt = 1
     expert_tensor_parallel_size: PositiveInt = 1  # 1 or tensor_parallel_size
     sequence_parallel: bool = False
+    all_to_all: Literal["flat", "hierarchical"] = "flat"  # hierarchical: inside the node first, then across
+    all_to_all_chunks: PositiveInt = 1  # groups of a rank's experts; one computes while the next one's tokens travel
+    ranks_per_node: PositiveInt | None = None  # for all_to_all hierarchical; None: what the launcher says
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     recompute: Literal["none", "selective", "full"] = "none"
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0  # longest wait in a collective
