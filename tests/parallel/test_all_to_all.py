@@ -235,7 +235,7 @@ def test_launch() -> None:
 @pytest.mark.parametrize(("levels", "chunks"), WAYS[1:])
 def test_every_way_gives_the_same_bits(levels: str, chunks: int, load: str, capacity: bool) -> None:
     for rank in launch():
-        plain, other = (rank["layers"][*way, load, capacity]["arrays"] for way in (WAYS[0], (levels, chunks)))
+        plain, other = (rank["layers"][(*way, load, capacity)]["arrays"] for way in (WAYS[0], (levels, chunks)))
         assert_same_arrays(other, plain)
         assert_same_arrays({"y": plain["again"]}, {"y": plain["y"]})
         assert ("x" in plain) == (load != "frozen")
