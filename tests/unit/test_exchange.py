@@ -90,6 +90,12 @@ def test_the_place_of_an_expert_moves_its_rows_and_nothing_else(capacity, policy
     assert placed.by_expert[:num_kept].tolist() == wanted
 
 
+def test_orders_are_made_and_used_without_asking_the_device():
+    """On one rank there is nothing to reorder, so the layer's own test of this does not see it."""
+    counts, x = torch.tensor([[2, 0, 3], [1, 4, 0]]), torch.zeros(10, 2, requires_grad=True)
+    assert reads(lambda: Permute.apply(x, blocks_swapped(counts, 10)).sum().backward()) == {}
+
+
 # ---------------------------------------------------------------- nodes
 
 
