@@ -66,6 +66,8 @@ class MoEConfig(Section):
     shared_expert_ffn_hidden_size: PositiveInt | None = None  # an FFN that every token passes; None: there is none
     shared_expert_mix: Literal["add", "sigmoid_gate", "residual"] = "add"
     # how its output joins the routed one: their sum; the sum after a learned gate on it; a learned weight for each
+    recompute_activation: bool = True
+    # GPUs: of an expert's FFN keep only what enters the activation, and apply that again in backward; CPUs always do
     dropless: bool = False
     capacity_factor: Annotated[float, Field(gt=0.0)] = 1.0
     # capacity of one expert for one rank's micro-batch of S tokens: top_k * ceil(S / experts * capacity_factor)
@@ -99,6 +101,9 @@ class ParallelConfig(Section):
     expert_parallel_size: PositiveInt = 1
     expert_tensor_parallel_size: PositiveInt = 1  # 1 or tensor_parallel_size
     sequence_parallel: bool = False
+    all_to_all: Literal["flat", "hierarchical"] = "flat"  # hierarchical: inside the node first, then across
+    all_to_all_chunks: PositiveInt = 1  # groups of a rank's experts; one computes while the next one's tokens travel
+    ranks_per_node: PositiveInt | None = None  # for all_to_all hierarchical; None: what the launcher says
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     recompute: Literal["none", "selective", "full"] = "none"
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0  # longest wait in a collective

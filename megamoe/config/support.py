@@ -108,6 +108,19 @@ FEATURES = (
         "divides the FFN of an expert",
     ),
     Feature(
+        "Hierarchical all-to-all",
+        "parallel.all_to_all",
+        "flat, hierarchical",
+        "an expert group has equally many ranks on each of its nodes; `parallel.ranks_per_node` where the launcher "
+        "does not say; the same bits as flat",
+    ),
+    Feature(
+        "Overlapped all-to-all",
+        "parallel.all_to_all_chunks",
+        "1 (off), 2, …",
+        "divides the experts of a rank; flat and hierarchical; the same bits as off",
+    ),
+    Feature(
         "Data parallel",
         "(what remains)",
         "ranks / (tensor x pipeline)",

@@ -7,6 +7,7 @@ unique in the tree. Types and bounds of single keys are the schema's.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from megamoe.config.exchange import check_exchange, check_nodes
 from megamoe.config.routing import check_router
 from megamoe.config.schema import Config
 from megamoe.config.structure import check_dense, check_structure, common_divisor_of_experts, expert_counts
@@ -25,6 +26,7 @@ def validate(config: Config, world_size: int | None = None) -> None:
     _check_model(config)
     _check_experts(config)
     _check_layout(config)
+    check_exchange(config)
     _check_optimizer(config)
     _check_data(config)
     _check_batch(config)
@@ -301,6 +303,7 @@ def _check_world(config: Config, world_size: int) -> None:
             f"expert_parallel_size {expert} x expert_tensor_parallel_size {expert_tensor} does not divide the "
             f"{stage_ranks} ranks of a pipeline stage: use expert_parallel_size {_listed(valid)}"
         )
+    check_nodes(parallel, world_size)
     data = stage_ranks // tensor
     unit = run.micro_batch_size * data
     words = f"micro_batch_size {run.micro_batch_size} x data parallel size {data} = {unit}"

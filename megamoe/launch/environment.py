@@ -29,6 +29,11 @@ class RankEnvironment:
     init_method: str
     source: Literal["torchrun", "srun", "local", "single"]
 
+    @property
+    def ranks_per_node(self) -> int | None:
+        """Ranks on this machine where ranks are numbered machine by machine; None where this one is not."""
+        return self.local_world_size if self.rank % self.local_world_size == self.local_rank else None
+
     def as_variables(self) -> dict[str, str]:
         """The same as environment variables, for libraries (DeepSpeed) that read them by these names."""
         return {

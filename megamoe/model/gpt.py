@@ -25,6 +25,7 @@ from megamoe.model.norms import FullNorm, HeadNorm, Norm
 from megamoe.model.parallel import ParallelGroups
 from megamoe.model.transformer_config import PRECISION_DTYPE, transformer_config
 from megamoe.moe.balance_bias import BalanceBias
+from megamoe.moe.exchange import Exchange
 from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELayer
 from megamoe.moe.losses import LossScale
 from megamoe.moe.shared import SharedExpert
@@ -198,7 +199,7 @@ def _moe_context(
         dtype=PRECISION_DTYPE[config.run.precision],
         device="cuda" if torch.cuda.is_available() else "cpu",
         parallel=ExpertParallel(
-            expert_group=groups.expert if grid.expert > 1 else None,
+            exchange=_exchange(config, groups),
             expert_size=grid.expert,
             tensor_group=groups.tensor if grid.tensor > 1 else None,
             tensor_size=grid.tensor,
@@ -213,6 +214,13 @@ def _moe_context(
         evaluation=evaluation,
         balance_bias=balance_bias,
     )
+
+
+def _exchange(config: Config, groups: ParallelGroups) -> Exchange:
+    num_chunks = config.parallel.all_to_all_chunks
+    if groups.expert_local is None or groups.expert_across is None:
+        return Exchange.flat(groups.expert, num_chunks=num_chunks)
+    return Exchange.hierarchical(groups.expert_local, groups.expert_across, num_chunks=num_chunks)
 
 
 def _process_group_collection(groups: ParallelGroups) -> ProcessGroupCollection:

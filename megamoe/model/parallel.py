@@ -12,7 +12,9 @@ class ParallelGroups:
     """Where this rank stands, and the process group of every family it belongs to.
 
     `tied_embedding` holds the data-parallel ranks of the first and last stage with this rank's tensor coordinate,
-    on those stages when the pipeline has more than one; elsewhere it is None.
+    on those stages when the pipeline has more than one; elsewhere it is None. `expert_local` and `expert_across` are
+    the two levels of a hierarchical all-to-all: the members of this rank's expert group on its own node, and those with
+    its number on every node. Both are None where all-to-all is flat.
     """
 
     grid: Grid
@@ -27,3 +29,5 @@ class ParallelGroups:
     expert_data: dist.ProcessGroup
     expert_tensor: dist.ProcessGroup
     tied_embedding: dist.ProcessGroup | None
+    expert_local: dist.ProcessGroup | None = None
+    expert_across: dist.ProcessGroup | None = None

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from megamoe.moe.activations import ACTIVATIONS
 from megamoe.moe.ffn import expert_by_expert_ffn, grouped_ffn
 
+ExpertWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # as `expert_by_expert_ffn` takes them
+
 
 class StackedExperts(nn.Module):
     """n feed-forward networks of one shape, each with its own weights.
@@ -27,7 +29,7 @@ class StackedExperts(nn.Module):
         activation: str,
         use_bias: bool,
         adds_fc2_bias: bool,
-        recompute_activation: bool = True,
+        recompute_activation: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
@@ -41,12 +43,27 @@ class StackedExperts(nn.Module):
         self.fc1 = _Stack((num_local_experts, *halves, ffn_hidden_size), hidden_size, use_bias, dtype, device)
         self.fc2 = _Stack((num_local_experts, hidden_size), ffn_hidden_size, use_bias, dtype, device)
 
-    def forward(self, buffer: Tensor, rows_per_expert: list[int]) -> Tensor:
-        """Apply expert i to its rows_per_expert[i] rows of `buffer` [R, h], which are sorted by expert: [R, h]."""
+    def cut(self, num_chunks: int) -> list[ExpertWeights]:
+        """The weights in equal groups of neighbouring experts: views, whose gradients meet in one concatenation.
+
+        A slice for each call would instead cost a zero-filled gradient of all experts a time.
+        """
         bias2 = self.fc2.bias
         if bias2 is not None and not self.adds_fc2_bias:
             bias2 = bias2 * 0.0  # stays in the graph, so that every rank has a gradient to reduce
-        tensors = self.fc1.weight, self.fc1.bias, self.fc2.weight, bias2
+        whole = (self.fc1.weight, self.fc1.bias, self.fc2.weight, bias2)
+        if num_chunks == 1:
+            return [whole]
+        size = self.num_local_experts // num_chunks
+        parts = [[None] * num_chunks if tensor is None else tensor.split(size) for tensor in whole]
+        return list(zip(*parts, strict=True))
+
+    def forward(self, buffer: Tensor, rows_per_expert: list[int], weights: ExpertWeights | None = None) -> Tensor:
+        """Apply expert i to its rows_per_expert[i] rows of `buffer` [R, h], which are sorted by expert: [R, h].
+
+        `weights` are those of one chunk of experts, from `cut`; None: all.
+        """
+        tensors = self.cut(1)[0] if weights is None else weights
         if buffer.is_cuda:
             return grouped_ffn(
                 buffer, *tensors, rows_per_expert, self.activation, recompute_activation=self.recompute_activation

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megamoe.config.schema import MoEConfig
 from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.dispatch import combine, dispatch
+from megamoe.moe.exchange import Exchange
 from megamoe.moe.experts import StackedExperts
 from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share, z_loss
 from megamoe.moe.routers import JITTER_STATE, build_router
@@ -36,7 +37,7 @@ from megamoe.moe.statistics import LoadStatistics
 class ExpertParallel:
     """The groups an MoE layer talks over (None: a group of one) and where this rank stands in them."""
 
-    expert_group: dist.ProcessGroup | None
+    exchange: Exchange  # how rows reach the ranks that share the experts
     expert_size: int
     tensor_group: dist.ProcessGroup | None
     tensor_size: int
@@ -131,6 +132,7 @@ class MoELayer(DeepSpeedMoE):
             activation=context.activation,
             use_bias=context.use_bias,
             adds_fc2_bias=parallel.expert_tensor_rank == 0,
+            recompute_activation=context.config.recompute_activation,
             dtype=context.dtype,
             device=context.device,
         )
@@ -156,12 +158,16 @@ class MoELayer(DeepSpeedMoE):
     def _route_and_apply(
         self, x: Tensor, *, num_sequences: int, beside: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x [S, h], token t of sequence t % num_sequences -> [S, h], and what `beside` returns, computed on the way."""
+        """x [S, h], token t of sequence t % num_sequences -> [S, h], and what `beside` returns.
+
+        `beside` needs no exchange of rows: it runs while the first chunk travels.
+        """
         parallel = self.context.parallel
         routing, losses = self._route(x, num_sequences)
-        buffer, metadata = dispatch(x, routing, parallel.expert_group)
-        shared = beside() if beside is not None else None
-        y = combine(self.experts(buffer, metadata.rows_per_expert), routing, metadata)
+        buffers, metadata = dispatch(x, routing, parallel.exchange)
+        shared = None if beside is None else beside()
+        chunks = zip(buffers, metadata.rows_per_expert, self.experts.cut(parallel.exchange.num_chunks), strict=True)
+        y = combine((self.experts(*chunk) for chunk in chunks), routing, metadata)
         for loss, coefficient in losses:
             # Router gradients are summed over the tensor group, whose ranks each hold a slice or a copy of the loss.
             y = attach_loss(y, loss, self.context.loss_scale, coefficient / parallel.tensor_size)
@@ -180,6 +186,7 @@ class MoELayer(DeepSpeedMoE):
             normalization=self._normalization,
             drop_policy=config.drop_policy,
             scale=config.routed_scaling_factor,
+            place_of_expert=self.context.parallel.exchange.place_of_expert(self.num_experts, x.device),
         )
         groups = num_sequences if config.balance_loss_scope == "sequence" else 1
         share = self._choice_share(choice.expert_index, groups)

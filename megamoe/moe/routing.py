@@ -22,8 +22,10 @@ class Routing:
     expert_index: Tensor  # [S, k] int64, best choice first
     gate: Tensor  # [S, k] fp32 weight of each choice; 0 where dropped
     kept: Tensor  # [S, k] bool
-    by_expert: Tensor  # [T] int64: the T kept assignments sorted by expert, earlier choices and tokens first
-    tokens_per_expert: Tensor  # [E] int64: kept assignments of each expert; sums to T
+    by_expert: Tensor
+    # [k * S] int64: the T kept assignments sorted by expert (or by its place, see `settle`), earlier choices and tokens
+    # first; then the dropped ones. T itself is not read here: on a GPU the host would have to wait for it.
+    tokens_per_expert: Tensor  # [E] int64, by number: kept assignments of each expert; sums to T
 
 
 def count_experts(expert_index: Tensor, num_experts: int) -> Tensor:
@@ -77,6 +79,7 @@ def settle(
     normalization: Normalization,
     drop_policy: DropPolicy = "position",
     scale: float = 1.0,
+    place_of_expert: Tensor | None = None,
 ) -> Routing:
     """Fill the experts up to `capacity` (`None`: dropless) and weigh what is kept.
 
@@ -85,25 +88,28 @@ def settle(
     "probability", the assignments of the largest raw weight, equal ones in that same order. Normalised "after_drops"
     the gates of a token are divided by the sum of what is left: a token whose second expert is full gives its whole
     weight to the first, one whose experts are all full gets none. Normalised "before_drops" what is dropped is lost.
-    `scale` multiplies the gates at the end.
+    `scale` multiplies the gates at the end. `place_of_expert` [E], a permutation, is where each expert stands in
+    `Routing.by_expert`; None: in the order of numbers.
     """
     kept = None
     with torch.no_grad():
         flat_expert = expert_index.t().reshape(-1)  # [k * S], choice-major: the order in which experts fill up
-        by_expert = flat_expert.argsort(stable=True)
-        tokens_per_expert = count_experts(flat_expert, num_experts)
+        place = flat_expert if place_of_expert is None else place_of_expert[flat_expert]
+        by_expert = place.argsort(stable=True)
+        count_at = count_experts(place, num_experts)
         if capacity is not None:
             order = by_expert
             if drop_policy == "probability":
                 by_weight = gate.detach().t().reshape(-1).argsort(stable=True, descending=True)
-                order = by_weight[flat_expert[by_weight].argsort(stable=True)]
-            queue_start = tokens_per_expert.cumsum(0) - tokens_per_expert
-            place = torch.arange(flat_expert.numel(), device=gate.device) - queue_start[flat_expert[order]]
-            flat_kept = torch.empty_like(place, dtype=torch.bool)
-            flat_kept[order] = place < capacity
+                order = by_weight[place[by_weight].argsort(stable=True)]
+            queue_start = count_at.cumsum(0) - count_at
+            waiting = torch.arange(place.numel(), device=gate.device) - queue_start[place[order]]
+            flat_kept = torch.empty_like(waiting, dtype=torch.bool)
+            flat_kept[order] = waiting < capacity
             kept = flat_kept.view(expert_index.shape[1], -1).t()
-            by_expert = by_expert[flat_kept[by_expert]]
-            tokens_per_expert = tokens_per_expert.clamp(max=capacity)
+            by_expert = _dropped_last(by_expert, flat_kept)
+            count_at = count_at.clamp(max=capacity)
+        tokens_per_expert = count_at if place_of_expert is None else count_at[place_of_expert]
     if normalization == "before_drops":
         gate = normalized(gate)
     if kept is None:
@@ -115,6 +121,17 @@ def settle(
     if scale != 1.0:
         gate = gate * scale
     return Routing(expert_index, gate, kept, by_expert, tokens_per_expert)
+
+
+def _dropped_last(by_expert: Tensor, kept: Tensor) -> Tensor:
+    """by_expert [k * S] with the kept assignments first, kept [k * S] by assignment, otherwise in the same order."""
+    is_kept = kept[by_expert]
+    num_kept_so_far = is_kept.cumsum(0)
+    place = torch.arange(by_expert.numel(), device=by_expert.device)
+    target = torch.where(is_kept, num_kept_so_far - 1, num_kept_so_far[-1:] + place - num_kept_so_far)
+    parted = torch.empty_like(by_expert)
+    parted[target] = by_expert
+    return parted
 
 
 def route(

@@ -83,13 +83,14 @@ class Trainer:
             self.statistics.restore(kept)
 
 
-def build_trainer(config: Config, device: torch.device) -> Trainer:
+def build_trainer(config: Config, device: torch.device, *, launched_ranks_per_node: int | None = None) -> Trainer:
     """Set everything up for this rank. torch.distributed must be initialised; collective over all ranks.
 
+    `launched_ranks_per_node`, if the launcher said it, counts where parallel.ranks_per_node is not set.
     Raises TopologyError or ConfigError where the layout does not fit the ranks or the machine.
     """
     cpu_bridge.apply()
-    groups = create_groups(config.parallel)
+    groups = create_groups(config.parallel, launched_ranks_per_node=launched_ranks_per_node)
     seed_generators(config.run.seed, groups, router_jitter=config.moe.num_experts > 0 and config.moe.input_jitter > 0.0)
     aux_loss_scale, statistics = LossScale(), LoadStatistics()
     evaluation = EvaluationMode()

@@ -7,6 +7,7 @@ only filled so that the engines find what they look for, and agree.
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm as deepspeed_comm
@@ -18,6 +19,7 @@ from megamoe.errors import TopologyError
 from megamoe.model.parallel import ParallelGroups
 from megamoe.moe.layer import expert_group_name
 from megamoe.topology.grid import Grid, groups_mismatch
+from megamoe.topology.nodes import exchange_levels
 
 
 class MpuAdapter:
@@ -66,13 +68,17 @@ class MpuAdapter:
         return self._at.pipeline
 
 
-def create_groups(parallel: ParallelConfig) -> ParallelGroups:
+def create_groups(parallel: ParallelConfig, *, launched_ranks_per_node: int | None = None) -> ParallelGroups:
     """Make all process groups of this layout. torch.distributed must be initialised; collective over all ranks.
 
+    `launched_ranks_per_node` is what the launcher says, for hierarchical all-to-all where the configuration does not.
     Raises TopologyError when the world does not fold as configured, or when an engine groups ranks differently.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     grid = Grid.from_config(parallel, world_size)
+    levels = None
+    if parallel.all_to_all == "hierarchical" and grid.expert > 1:
+        levels = exchange_levels(grid.expert_groups(), _ranks_per_node(parallel, launched_ranks_per_node))
     # DeepSpeed answers questions about groups only once its own wrapper of torch.distributed exists.
     deepspeed_comm.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
     virtual = parallel.virtual_pipeline_parallel_size
@@ -85,6 +91,7 @@ def create_groups(parallel: ParallelConfig) -> ParallelGroups:
         distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
         create_gloo_process_groups=False,
     )
+    timeout = timedelta(seconds=parallel.timeout_seconds)
     groups = ParallelGroups(
         grid=grid,
         coordinates=grid.coordinates(rank),
@@ -97,7 +104,9 @@ def create_groups(parallel: ParallelConfig) -> ParallelGroups:
         expert=parallel_state.get_expert_model_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
         expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
-        tied_embedding=_tied_embedding_group(grid, rank, parallel.timeout_seconds),
+        tied_embedding=_own_group(_tied_embedding_ranks(grid), timeout),
+        expert_local=_own_group(levels.local, timeout) if levels is not None else None,
+        expert_across=_own_group(levels.across, timeout) if levels is not None else None,
     )
     _check_megatron(groups)
     register_with_deepspeed(groups)
@@ -140,21 +149,51 @@ def _deepspeed_tables() -> tuple[dict, dict, dict, dict]:
     )
 
 
-def _tied_embedding_group(grid: Grid, rank: int, timeout_seconds: float) -> dist.ProcessGroup | None:
-    """One group per tensor coordinate: all data ranks of the first and the last stage. Collective over all ranks."""
-    if grid.pipeline == 1:
-        return None
+def _ranks_per_node(parallel: ParallelConfig, launched: int | None) -> int:
+    """What the configuration says, or else the launcher, of which then all ranks must have heard the same.
+
+    Collective over all ranks. Raises TopologyError where neither says it, or ranks were told different numbers.
+    """
+    if parallel.ranks_per_node is not None:
+        return parallel.ranks_per_node
+    heard = torch.tensor([launched or 0, -(launched or 0)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(heard, op=dist.ReduceOp.MAX)
+    most, least = int(heard[0]), -int(heard[1])
+    if least == 0:
+        raise TopologyError(
+            "parallel.all_to_all hierarchical must know how many ranks a node has, but the launcher does not say, or "
+            "does not number ranks node by node: set parallel.ranks_per_node, or use parallel.all_to_all flat"
+        )
+    if most != least:
+        raise TopologyError(
+            f"parallel.all_to_all hierarchical needs nodes of equal size, but the launcher started {least} ranks on "
+            f"one node and {most} on another: start equal numbers, or use parallel.all_to_all flat"
+        )
+    return most
+
+
+def _own_group(groups: Sequence[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup | None:
+    """Make all these groups, of which none share a rank, and return that of this rank. Collective over all ranks."""
     own = None
-    for tensor in range(grid.tensor):
-        ranks = [
+    for ranks in groups:
+        group = dist.new_group(ranks, timeout=timeout)
+        if dist.get_rank() in ranks:
+            own = group
+    return own
+
+
+def _tied_embedding_ranks(grid: Grid) -> list[list[int]]:
+    """One group per tensor coordinate: all data ranks of the first and the last stage. None where they are one."""
+    if grid.pipeline == 1:
+        return []
+    return [
+        [
             grid.rank_at(tensor=tensor, data=data, pipeline=stage)
             for stage in (0, grid.pipeline - 1)
             for data in range(grid.data)
         ]
-        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds))
-        if rank in ranks:
-            own = group
-    return own
+        for tensor in range(grid.tensor)
+    ]
 
 
 def _own(groups: Sequence[Sequence[int]], rank: int) -> list[list[int]]:

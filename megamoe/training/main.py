@@ -50,7 +50,7 @@ def run_rank(payload: dict[str, Any]) -> None:
     device = initialize_distributed(environment, config.parallel.timeout_seconds)
     is_first = environment.rank == 0
     resume_from = _checkpoint_to_resume(config, is_first=is_first, device=device)
-    trainer = build_trainer(config, device)
+    trainer = build_trainer(config, device, launched_ranks_per_node=environment.ranks_per_node)
     changed: list[str] = []
     if resume_from is not None:
         changed = load_checkpoint(trainer, resume_from)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megamoe.config.schema import Config
 from megamoe.model import cpu_bridge
 from megamoe.model.transformer_config import transformer_config
+from megamoe.moe.exchange import Exchange
 from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELayer
 from megamoe.moe.losses import LossScale
 from megamoe.moe.shared import SharedExpert
@@ -37,8 +38,8 @@ def our_layer(activation: str, shared: int, **moe: Any) -> MoELayer:
     context = MoEContext(
         config=config.moe, hidden_size=HIDDEN, expert_ffn_hidden_size=FFN, activation=activation,
         use_bias=activation == "gelu", dtype=torch.float32, device="cpu",
-        parallel=ExpertParallel(None, 1, None, 1, 1, 0, False), loss_scale=LossScale(), statistics=LoadStatistics(),
-        evaluation=EvaluationMode(),
+        parallel=ExpertParallel(Exchange(), 1, None, 1, 1, 0, False), loss_scale=LossScale(),
+        statistics=LoadStatistics(), evaluation=EvaluationMode(),
     )  # fmt: skip
 
     def beside(core: Any) -> SharedExpert:

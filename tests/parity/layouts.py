@@ -1,7 +1,7 @@
 """The parity grid as data: which layouts must train exactly as one plain process does.
 
 How the layouts were chosen. A layout is a row of levels, one per factor: tensor 1-2, pipeline 1-4, virtual stages
-1-2, experts 1-4, expert tensor 1-2, data 1-4, ZeRO 0-2, sequence parallelism, recompute, where the MoE layers are,
+1-2, experts 1-8, expert tensor 1-2, data 1-4, ZeRO 0-2, sequence parallelism, recompute, where the MoE layers are,
 tied or untied head, dropless or capacity, clipping, expert gradient scaling, family. Most faults of such a stack
 lie where two of these meet (a tied head and pipeline stages; clipping and experts under tensor parallelism; ZeRO
 and a stage without MoE), so every pair of levels that up to 8 ranks allow occurs in at least one layout;
@@ -163,6 +163,9 @@ _SHORT = {
     "etp": "parallel.expert_tensor_parallel_size",
     "zero": "parallel.zero_stage",
     "sp": "parallel.sequence_parallel",
+    "a2a": "parallel.all_to_all",
+    "chunks": "parallel.all_to_all_chunks",
+    "node": "parallel.ranks_per_node",
     "recompute": "parallel.recompute",
     "clip": "optimizer.clip_grad",
     "scaling": "optimizer.expert_grad_scaling",
@@ -239,6 +242,13 @@ LAYOUTS: tuple[ParityLayout, ...] = (
     _layout(4, "residual_pyramid_capacity", "tp2 ep4 zero2 clip=0.5"),
     _layout(8, "residual_pyramid_capacity", "tp2 pp2 etp2 ep2 sp zero1 recompute=full"),
     _layout(8, "shared_gate", "tp2 pp2 ep4 zero2 clip=0.5"),
+    # the ways to the experts
+    _layout(4, "paper_all", "ep4 chunks2 zero1"),
+    _layout(4, "paper_all_capacity", "ep4 a2a=hierarchical node2 chunks2 zero1 recompute=full"),
+    _layout(4, "modern", "ep4 a2a=hierarchical node2 zero1 clip=0.5"),
+    _layout(8, "paper_all", "ep8 zero1 batch=16"),
+    _layout(8, "top8", "ep8 a2a=hierarchical node4 chunks2 zero2 batch=16"),
+    _layout(8, "modern", "tp2 ep4 sp chunks2 zero1"),
     # eight ranks: three and more
     _layout(8, "bias", "tp2 pp2 ep4 sp zero1 clip=0.5"),
     _layout(8, "global", "tp2 ep4 zero2 clip=0.5 batch=16"),

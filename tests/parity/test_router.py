@@ -110,13 +110,12 @@ def test_drops_and_gates_are_the_references(case, capacity: int, policy: str, no
 
 
 def check_order(by_expert: Tensor, counts: Tensor, choices: list[list[int]], kept: list[list[bool]]) -> None:
-    """Kept assignments by expert, then choice, then token."""
+    """Kept assignments by expert, then choice, then token; dropped ones, in the same order, behind them."""
     num_tokens = len(choices)
-    wanted = sorted(
-        (e, j, token) for token, row in enumerate(choices) for j, e in enumerate(row) if kept[token][j]
-    )
+    every = sorted((e, j, token) for token, row in enumerate(choices) for j, e in enumerate(row))
+    wanted = [(e, j, token) for is_kept in (True, False) for e, j, token in every if kept[token][j] is is_kept]
     assert by_expert.tolist() == [j * num_tokens + token for _, j, token in wanted]
-    assert counts.tolist() == [sum(e == expert for e, _, _ in wanted) for expert in range(8)]
+    assert counts.tolist() == [sum(e == expert and kept[t][j] for e, j, t in wanted) for expert in range(8)]
 
 
 def test_softmax_then_select_equals_select_then_softmax_without_drops() -> None:

@@ -5,11 +5,14 @@ import contextlib
 import pytest
 
 from megamoe.config import Config, dump_yaml, load_config, validate, validate_for_training
+from megamoe.config.exchange import check_nodes
 from megamoe.config.keys import _ALIASES, all_keys
+from megamoe.config.schema import ParallelConfig
 from megamoe.config.support import PAGE, REFUSALS, refusals, support_page
 from megamoe.config.validation import divisors
-from megamoe.errors import ConfigError
+from megamoe.errors import ConfigError, TopologyError
 from megamoe.topology.grid import Grid
+from megamoe.topology.nodes import exchange_levels
 from megamoe.topology.parameters import param_table
 
 
@@ -553,6 +556,27 @@ DENSE = ("moe.num_experts=0", "parallel.expert_parallel_size=1")
             "use 4, 8, 12, 24",
         ),
         (
+            ["parallel.all_to_all_chunks=3", "moe.num_experts=8", "parallel.expert_parallel_size=2"],
+            "all_to_all_chunks 3 does not divide the experts of a rank, num_experts 8 / expert_parallel_size 2 = 4: "
+            "use 1, 2, 4",
+        ),
+        (
+            [
+                "parallel.all_to_all_chunks=4", "moe.num_experts=8", "parallel.expert_parallel_size=2",
+                "moe.num_experts_by_layer=[4,8]", "model.num_layers=4",
+            ],
+            "all_to_all_chunks 4 does not divide the experts of a rank, num_experts_by_layer[0] 4 / "
+            "expert_parallel_size 2 = 2: use 1, 2",
+        ),
+        (
+            [*DENSE, "parallel.all_to_all_chunks=2"],
+            "all_to_all_chunks 2 needs experts, but num_experts is 0: use all_to_all_chunks 1",
+        ),
+        (
+            [*DENSE, "parallel.all_to_all=hierarchical"],
+            "all_to_all hierarchical needs experts, but num_experts is 0: use all_to_all flat",
+        ),
+        (
             ["parallel.zero_stage=3"],
             "zero_stage 3 with experts is not supported: DeepSpeed refuses its own MoE layers under ZeRO-3; "
             "use zero_stage 1 or 2",
@@ -588,6 +612,12 @@ def test_an_impossible_combination_says_what_would_be_valid(overrides, message):
             8,
             "expert_parallel_size 4 x expert_tensor_parallel_size 2 does not divide the 4 ranks of a pipeline stage: "
             "use expert_parallel_size 1, 2",
+        ),
+        (
+            ["parallel.expert_parallel_size=4", "parallel.all_to_all=hierarchical", "parallel.ranks_per_node=3"],
+            8,
+            "ranks_per_node 3 puts unequal numbers of an expert group's ranks on its nodes, which all_to_all "
+            "hierarchical cannot use: use ranks_per_node 1, 2, 4, 8, or all_to_all flat",
         ),
         (
             ["run.global_batch_size=12"],
@@ -628,6 +658,8 @@ def test_training_needs_data():
         ("moe.shared_expert_ffn_hidden_size=32", "moe.shared_expert_mix=sigmoid_gate"),
         ("parallel.virtual_pipeline_parallel_size=2",),
         ("parallel.sequence_parallel=true", "parallel.expert_tensor_parallel_size=2"),
+        ("parallel.all_to_all=hierarchical", "parallel.expert_parallel_size=4", "parallel.ranks_per_node=2"),
+        ("parallel.all_to_all=hierarchical",),  # how many ranks a node has is the launcher's to say
         ("optimizer.schedule=wsd",),
         ("run.num_steps=10", "optimizer.decay_steps=1000"),  # the start of a longer schedule
         ("parallel.zero_stage=2", "run.precision=fp16", "parallel.recompute=full"),
@@ -663,6 +695,24 @@ def test_whatever_passes_can_be_folded_and_has_a_table():
                         assert param_table(config.model, config.moe)
                         passed += 1
     assert passed == 31
+
+
+@pytest.mark.parametrize("ranks_per_node", range(1, 13))
+@pytest.mark.parametrize(("expert", "tensor"), [(1, 1), (2, 1), (4, 1), (2, 2), (3, 2), (6, 2)])
+def test_nodes_that_pass_are_those_the_groups_can_be_made_for(expert, tensor, ranks_per_node):
+    sizes = {"expert_parallel_size": expert, "tensor_parallel_size": tensor, "expert_tensor_parallel_size": tensor}
+    parallel = ParallelConfig(all_to_all="hierarchical", ranks_per_node=ranks_per_node, **sizes)
+    outcomes = []
+    for check, error in [
+        (lambda: check_nodes(parallel, 12), ConfigError),
+        (lambda: exchange_levels(Grid.from_config(parallel, 12).expert_groups(), ranks_per_node), TopologyError),
+    ]:
+        try:
+            check()
+            outcomes.append("fits")
+        except error:
+            outcomes.append("refused")
+    assert outcomes[0] == outcomes[1]
 
 
 def test_divisors_are_all_and_ascending():

@@ -81,6 +81,11 @@ class TestEnvironment:
         assert (here.rank, here.world_size, here.local_rank, here.local_world_size) == (5, 9, 1, 4)
         assert (here.init_method, here.source) == ("tcp://gpu-03:23456", "srun")
 
+    def test_nodes_are_known_where_ranks_are_numbered_node_by_node(self):
+        assert rank_environment(self.TORCHRUN).ranks_per_node == 4
+        assert rank_environment(self.TORCHRUN | {"RANK": "2"}).ranks_per_node is None  # dealt out in turns
+        assert rank_environment({}).ranks_per_node == 1
+
     def test_srun_keeps_the_address_that_the_user_set(self):
         here = rank_environment(self.SRUN | {"MASTER_ADDR": "fe80::1", "MASTER_PORT": "99"})
         assert here.init_method == "tcp://[fe80::1]:99"

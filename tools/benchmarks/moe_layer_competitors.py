@@ -166,6 +166,7 @@ def _layer_contestant(
 
 def ours(problem: Problem, *, dropless: bool) -> Contestant:
     """megamoe's MoELayer without process groups."""
+    from megamoe.moe.exchange import Exchange
     from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELayer
     from megamoe.moe.losses import LossScale
     from megamoe.moe.statistics import LoadStatistics
@@ -178,7 +179,7 @@ def ours(problem: Problem, *, dropless: bool) -> Contestant:
     context = MoEContext(
         config=config, hidden_size=s.hidden, expert_ffn_hidden_size=s.ffn,
         activation="swiglu" if problem.gated else "gelu", use_bias=problem.bias1 is not None,
-        dtype=problem.x.dtype, device="meta", parallel=ExpertParallel(None, 1, None, 1, 1, 0, False),
+        dtype=problem.x.dtype, device="meta", parallel=ExpertParallel(Exchange(), 1, None, 1, 1, 0, False),
         loss_scale=LossScale(), statistics=LoadStatistics(), evaluation=EvaluationMode(),
     )  # fmt: skip
     layer = MoELayer(None, context=context, layer=0, num_experts=s.experts)
