@@ -118,7 +118,7 @@ FEATURES = (
         "Overlapped all-to-all",
         "parallel.all_to_all_chunks",
         "1 (off), 2, …",
-        "divides the experts of a rank; flat and hierarchical; the same bits as off",
+        "divides the experts of a rank; flat and hierarchical; for one micro-batch the same bits as off",
     ),
     Feature(
         "Data parallel",

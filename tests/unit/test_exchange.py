@@ -1,6 +1,7 @@
 """The way of the rows on one rank: orders, chunks, when what is called, and how often the host asks the device."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -304,7 +305,8 @@ ROUTERS = {
 def test_the_host_asks_the_device_once_a_layer(monkeypatch, router, capacity, hops):
     """With the grouped product, which is what runs on GPUs."""
     LateDelivery(monkeypatch)
-    monkeypatch.setattr(experts_module, "expert_by_expert_ffn", experts_module.grouped_ffn)
+    grouped = partial(experts_module.grouped_ffn, recompute_activation=False)
+    monkeypatch.setattr(experts_module, "expert_by_expert_ffn", grouped)
     exchange = {
         "alone": Exchange(),
         "chunks": Exchange(num_chunks=2),

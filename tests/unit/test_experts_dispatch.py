@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from megamoe.moe.activations import ACTIVATIONS
 from megamoe.moe.dispatch import combine, dispatch
 from megamoe.moe.exchange import Exchange
-from megamoe.moe.experts import StackedExperts, grouped_ffn
+from megamoe.moe.experts import StackedExperts
+from megamoe.moe.ffn import grouped_ffn
 from megamoe.moe.routing import Routing, route
 
 HIDDEN, FFN = 5, 7
@@ -238,8 +240,11 @@ LOADS = {
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("block_elements", [1, 40, 10_000])
 @pytest.mark.parametrize("load", LOADS)
-def test_stacked_experts_are_the_plain_experts(load, use_bias, gated):
+def test_stacked_experts_are_the_plain_experts(monkeypatch, load, block_elements, use_bias, gated):
+    """In a block for each expert, in a few, in one."""
+    monkeypatch.setattr("megamoe.moe.ffn._BLOCK_ELEMENTS", block_elements)
     experts = make_experts(4, gated=gated, use_bias=use_bias)
     buffer, plain, leaves, seed = plain_experts(experts, LOADS[load])
     expected = torch.autograd.grad(plain, leaves, seed)
@@ -259,18 +264,18 @@ def plain_experts(experts: StackedExperts, counts: list[int]):
     return buffer, plain, [buffer, *experts.parameters()], seed
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("load", LOADS)
-def test_the_grouped_product_of_gpus_is_the_same_function(load, use_bias, gated):
+def test_the_grouped_product_of_gpus_is_the_same_function(load, use_bias, gated, recompute):
     """torch's grouped product has a CPU form, in which its use can be checked (not its speed)."""
     counts = LOADS[load]
     experts = make_experts(4, gated=gated, use_bias=use_bias, dtype=torch.float32, hidden=16, ffn=8)
     buffer, plain, leaves, seed = plain_experts(experts, counts)
-    bias1 = None if experts.fc1.bias is None else experts.fc1.bias.flatten(1)
     y = grouped_ffn(
-        buffer, experts.fc1.weight.flatten(1, -2), bias1, experts.fc2.weight, experts.fc2.bias, counts,
-        experts.activation,
+        buffer, experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias, counts,
+        experts.activation, recompute_activation=recompute,
     )  # fmt: skip
     torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-4)
     expected = torch.autograd.grad(plain, leaves, seed)
@@ -282,7 +287,7 @@ def test_the_grouped_product_of_gpus_is_the_same_function(load, use_bias, gated)
 @pytest.mark.parametrize("widen", [False, True])
 def test_16_bit_products_are_the_same_widened_or_not(monkeypatch, dtype, widen):
     """Processors without 16-bit instructions widen an expert's operands; both ways stay within the format."""
-    monkeypatch.setattr("megamoe.moe.experts._is_slow_on_cpu", lambda dtype: widen and dtype is not torch.float32)
+    monkeypatch.setattr("megamoe.moe.ffn._compute_dtype", lambda dtype: torch.float32 if widen else dtype)
     counts = LOADS["near even"]
     whole = make_experts(4, dtype=torch.float32, hidden=16, ffn=8)
     rounded = make_experts(4, dtype=dtype, hidden=16, ffn=8)
@@ -303,7 +308,55 @@ def test_written_gradients_of_activations_are_autograd_s(name):
     assert g.shape == (6, 4 if activation.is_gated else 8)
     seed = torch.randn(g.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (expected,) = torch.autograd.grad(g, a, seed)
-    torch.testing.assert_close(activation.backward(seed, a.detach()), expected, rtol=1e-12, atol=1e-12)
+    into, gradient = torch.empty_like(g), torch.empty_like(a)
+    activation.forward_into(a.detach(), into)
+    activation.backward_into(seed, a.detach(), gradient)
+    torch.testing.assert_close(into, g.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_added_in_place_and_hooks_still_run():
+    """As autograd would add them, but into the memory that is there."""
+    experts, counts = make_experts(4, gated=True), LOADS["with an empty one"]
+    buffer, plain, leaves, seed = plain_experts(experts, counts)
+    expected = torch.autograd.grad(plain, leaves, seed)
+    experts(buffer, counts).backward(seed)
+    weights = [experts.fc1.weight, experts.fc2.weight]
+    memory, heard = [weight.grad.data_ptr() for weight in weights], []
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(lambda parameter: heard.append(parameter.grad.data_ptr()))
+    for _ in range(2):
+        experts(buffer, counts).backward(seed)
+    for leaf, once in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 3 * once, rtol=1e-12, atol=1e-12)
+    assert [weight.grad.data_ptr() for weight in weights] == memory
+    assert sorted(heard) == sorted(2 * memory)
+
+
+def test_gradients_that_are_only_asked_for_leave_the_sum_alone():
+    """torch.autograd.grad and backward(inputs=...) accumulate into nothing, or not into the weights."""
+    experts, counts = make_experts(4), LOADS["even"]
+    buffer, plain, leaves, seed = plain_experts(experts, counts)
+    expected = torch.autograd.grad(plain, leaves, seed)
+    experts(buffer, counts).backward(seed)
+    before = [leaf.grad.clone() for leaf in leaves]
+    for gradient, right in zip(torch.autograd.grad(experts(buffer, counts), leaves, seed), expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
+    experts(buffer, counts).backward(seed, inputs=[buffer])
+    for leaf, value in zip(leaves[1:], before[1:], strict=True):
+        torch.testing.assert_close(leaf.grad, value, rtol=0, atol=0)
+    torch.testing.assert_close(buffer.grad, 2 * expected[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_add_up_when_the_experts_are_recomputed(reentrant):
+    experts, counts = make_experts(4), LOADS["near even"]
+    buffer, plain, leaves, seed = plain_experts(experts, counts)
+    expected = torch.autograd.grad(plain, leaves, seed)
+    for _ in range(2):
+        checkpoint(experts, buffer, counts, use_reentrant=reentrant).backward(seed)
+    for leaf, once in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * once, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("counts", [[4, 4, 4, 4], [20, 0, 0, 1]])
