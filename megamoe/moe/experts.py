@@ -46,7 +46,8 @@ class StackedExperts(nn.Module):
     def cut(self, num_chunks: int) -> list[ExpertWeights]:
         """The weights in equal groups of neighbouring experts: views, whose gradients meet in one concatenation.
 
-        A slice for each call would instead cost a zero-filled gradient of all experts a time.
+        A slice for each call would instead cost a zero-filled gradient of all experts a time. One group is the
+        parameters themselves, to whose gradients `expert_by_expert_ffn` adds in place.
         """
         bias2 = self.fc2.bias
         if bias2 is not None and not self.adds_fc2_bias:

@@ -33,7 +33,9 @@ def grouped_ffn(
     recompute_activation: bool,
 ) -> Tensor:
     """One grouped product per matrix, torch's kernel: for GPUs, where a launch per expert would be felt."""
-    counts = torch.tensor(rows_per_expert, device=x.device)
+    counts = torch.tensor(rows_per_expert)
+    if x.is_cuda:  # from pinned memory the host need not wait
+        counts = counts.pin_memory().to(x.device, non_blocking=True)
     ends = counts.cumsum(0).to(torch.int32)
     a = _add_bias(torch._grouped_mm(x, weight1.flatten(1, -2).transpose(1, 2), offs=ends), bias1, counts)
     if recompute_activation:
@@ -237,7 +239,12 @@ def _weight_gradients(
             if not adds:
                 grad_matrix.zero_()
             continue
-        _product(grad.t(), x, grad_matrix, grad_matrix if adds else None)
+        if adds:  # not beta=1 of the product: the sum must have the bits that autograd's own addition gives
+            product = torch.empty_like(grad_matrix)
+            _product(grad.t(), x, product)
+            grad_matrix.add_(product)
+        else:
+            _product(grad.t(), x, grad_matrix)
         if grad_bias is not None:
             grad_bias.copy_(grad.sum(0))
 
@@ -269,16 +276,16 @@ def _is_accumulated(weight: Tensor) -> bool:
         return False
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, added: Tensor | None = None) -> None:
-    """Write a @ b + `added` into `out`: `added` is a row (a bias), `out` itself, or nothing."""
+def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Write a @ b (+ bias, a row) into `out`."""
     wide = _compute_dtype(out.dtype)
     if not a.dtype is b.dtype is out.dtype is wide:
         product = torch.mm(a.to(wide), b.to(wide))
-        out.copy_(product if added is None else product.add_(added))
-    elif added is None:
+        out.copy_(product if bias is None else product.add_(bias))
+    elif bias is None:
         torch.mm(a, b, out=out)
     else:
-        torch.addmm(added, a, b, out=out)
+        torch.addmm(bias, a, b, out=out)
 
 
 @cache
