@@ -155,7 +155,9 @@ def run_layers(groups: ParallelGroups) -> dict[Any, Any]:
 
 
 def train(model: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    settings = config(model, (*parallel(ep=4, zero=1, recompute="full"), *overrides), optimizer="sgd")
+    """Two steps of two micro-batches: what sums gradients up takes part."""
+    fixed = (*parallel(ep=4, zero=1, recompute="full"), "run.global_batch_size=16")
+    settings = config(model, (*fixed, *overrides), optimizer="sgd")
     with trainer_of(settings) as trainer:
         rows = [step(trainer, batch) for batch in samples(settings, 2)]
         return {"rows": rows, "weights": weights(trainer)}
