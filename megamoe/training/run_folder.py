@@ -3,12 +3,13 @@
     config.yaml     the resolved configuration
     log.txt         what was printed
     metrics.jsonl   one JSON object a line
-    checkpoints/    step_00000100/ ..., latest (a text file with the name of the newest complete one)
+    checkpoints/    step_00000100/ ..., latest (a text file with the name of the one in force): `megamoe.checkpoint`
 """
 
 import os
 from pathlib import Path
 
+from megamoe.checkpoint.commit import complete_checkpoints
 from megamoe.config.loading import dump_yaml
 from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError, ConfigError
@@ -31,20 +32,40 @@ def step_of(name: str) -> int | None:
     return int(digits) if name.startswith(_PREFIX) and digits.isdecimal() else None
 
 
-def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a run, or None. Raises CheckpointError if `latest` names none."""
+def resumable_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints of a run: the one in force, which `latest` names, then those before it, newest first.
+
+    Raises CheckpointError if `latest` names none.
+    """
     folder = checkpoints_path(run_dir)
+    found = complete_checkpoints(folder)
     try:
         name = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    if step_of(name) is None or not (folder / name).is_dir():
+        name = None
+    if name is not None and (step_of(name) is None or not (folder / name).is_dir()):
         raise CheckpointError(
             f'{folder / LATEST} names "{name}", which is no checkpoint beside it: write the name of one of '
             f"{sorted(p.name for p in folder.iterdir() if step_of(p.name) is not None)} into it, or remove it "
             "to start anew"
         )
-    return folder / name
+    return [path for path in found if step_of(path.name) <= step_of(found[0].name)]
+
+
+def checkpoint_at(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that `path` means: its folder itself, or the one in force of the run folder that it is.
+
+    Raises CheckpointError where there is none.
+    """
+    folder = Path(path)
+    if step_of(folder.name) is not None:
+        if folder.is_dir():
+            return folder
+    elif found := resumable_checkpoints(folder):
+        return found[0]
+    raise CheckpointError(
+        f"checkpoint.load_from {folder} holds no checkpoint: use a run folder, or a folder of its checkpoints/"
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:
