@@ -23,6 +23,10 @@ class CheckpointError(MegamoeError):
     """A checkpoint is missing, incomplete, damaged, or was written by another layout."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; earlier ones are whole."""
+
+
 class TopologyError(MegamoeError):
     """The ranks that exist do not form the grid that the configuration asks for."""
 
