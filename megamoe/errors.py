@@ -24,6 +24,10 @@ class CheckpointError(MegamoeError):
     """A checkpoint is missing, incomplete, damaged, or of another model; or it could not be written."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; earlier ones are whole."""
+
+
 class TopologyError(MegamoeError):
     """The ranks that exist do not form the grid that the configuration asks for."""
 
