@@ -25,7 +25,7 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, pieces: Sequence[Piece]) -> list[tuple[Slice, np.ndarray]]:
-        """Copy the pieces, as many and as large as at first; the arrays are bytes and stay valid until the next call."""
+        """Copy the pieces, as many and as large as at first. The arrays are bytes, valid until the next call."""
         arrays, start = [], 0
         for piece in pieces:
             target = self._bytes[start : start + piece.values.nbytes]

@@ -141,16 +141,16 @@ def _hooks(
 
 def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits, loaded: Loaded | None) -> None:
     config, grid = trainer.config, trainer.groups.grid
-    optimizer = config.optimizer
+    optimizer, is_resumed = config.optimizer, loaded is not None and loaded.is_whole
     if (optimizer.name, optimizer.implementation) == ("adamw", "auto") and apex_state() == "unrelated":
         monitor.say("the package apex that is installed is not NVIDIA's: torch's AdamW is used")
     monitor.say(
-        f"{'resumed at' if loaded is not None and trainer.step else 'training from'} step {trainer.step} of {config.run.num_steps} on "
+        f"{'resumed at' if is_resumed else 'training from'} step {trainer.step} of {config.run.num_steps} on "
         f"{grid.world} ranks: tensor {grid.tensor} x data {grid.data} x pipeline {grid.pipeline}, "
         f"experts over {grid.expert}, ZeRO-{config.parallel.zero_stage}, {config.run.precision}, process {os.getpid()}"
     )
     if loaded is not None:
-        monitor.say(f"{'state' if trainer.step else 'weights'} of {loaded.folder}")
+        monitor.say(f"{'state' if is_resumed else 'weights'} from {loaded.folder}")
         for note in loaded.notes:
             monitor.say(f"  {note}")
     epoch = splits.train.num_samples

@@ -50,10 +50,11 @@ class DamagedCheckpoint(CheckpointError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load did: from where, what differs from the run it was saved by, and which checkpoints were passed over."""
+    """What a load did: from where, the whole state or the weights alone, and what the user should hear of."""
 
     folder: Path
     notes: tuple[str, ...]
+    is_whole: bool = True
 
 
 def load_newest(trainer: "Trainer", folders: Sequence[Path], *, on_damage: str) -> Loaded:
@@ -116,7 +117,7 @@ def load_weights(trainer: "Trainer", folder: Path) -> Loaded:
     _together(trainer, lambda: _read_all(trainer, checkpoint, pieces))
     if trainer.config.run.precision == "fp32" and trainer.engine.zero_stage > 0:
         masters_from_weights(trainer)
-    return Loaded(folder, (*notes, *changed_settings(checkpoint.manifest.config, trainer.config)))
+    return Loaded(folder, (*notes, *changed_settings(checkpoint.manifest.config, trainer.config)), is_whole=False)
 
 
 def _present(checkpoint: Checkpoint, pieces: Sequence[Piece], folder: Path) -> tuple[list[Piece], list[str]]:

@@ -9,27 +9,26 @@
 import os
 from pathlib import Path
 
-from megamoe.checkpoint.commit import complete_checkpoints
+from megamoe.checkpoint.files import read_small
+from megamoe.checkpoint.folders import LATEST, checkpoint_name, complete_checkpoints, step_of
+from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from megamoe.config.loading import dump_yaml
 from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError, ConfigError
 
-LATEST = "latest"
-_PREFIX = "step_"
-
+__all__ = [
+    "checkpoint_at",
+    "checkpoint_name",
+    "checkpoints_path",
+    "prepare",
+    "resumable_checkpoints",
+    "resumable_manifest",
+    "step_of",
+    "write_atomically",
+]
 
 def checkpoints_path(run_dir: str | os.PathLike[str]) -> Path:
     return Path(run_dir) / "checkpoints"
-
-
-def checkpoint_name(step: int) -> str:
-    return f"{_PREFIX}{step:08d}"
-
-
-def step_of(name: str) -> int | None:
-    """The step in a checkpoint folder's name; None for any other name."""
-    digits = name.removeprefix(_PREFIX)
-    return int(digits) if name.startswith(_PREFIX) and digits.isdecimal() else None
 
 
 def resumable_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
@@ -50,6 +49,17 @@ def resumable_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
             "to start anew"
         )
     return [path for path in found if step_of(path.name) <= step_of(found[0].name)]
+
+
+def resumable_manifest(run_dir: str | os.PathLike[str]) -> tuple[Path, Manifest] | None:
+    """The first of `resumable_checkpoints` whose manifest is whole, with it; None where there is none."""
+    for folder in resumable_checkpoints(run_dir):
+        path = folder / MANIFEST
+        try:
+            return folder, Manifest.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path))
+        except CheckpointError:  # said, and decided about, by the ranks when they load
+            continue
+    return None
 
 
 def checkpoint_at(path: str | os.PathLike[str]) -> Path:

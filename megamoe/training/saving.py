@@ -76,7 +76,7 @@ class CheckpointSaver:
             self._copy = HostCopy(owned(self.trainer))
 
     def save(self, *, wait: bool = False) -> None:
-        """Begin a checkpoint of the trainer's state as it is now; with `wait`, or if saves are synchronous, end it, too.
+        """Begin a checkpoint of the trainer's state as it is now; with `wait`, or if saves are synchronous, end it.
 
         A save that is still under way is waited for first. Raises CheckpointError as `poll` does.
         """

@@ -37,7 +37,7 @@ def _case(world: int, **sizes: Any) -> Case:
     return Case(f"w{world}-" + "-".join(f"{k}{v}" for k, v in sizes.items()), world, parallel(**sizes))
 
 
-# Every factor at both ends: dense and expert foldings, interleaving, tied copies, replicas of experts, every ZeRO stage.
+# Every factor at both ends: dense and expert foldings, interleaving, tied copies, replicas of experts, ZeRO stages.
 CASES = (
     _case(1, zero=0),
     _case(1, zero=1),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megamoe.checkpoint.slices import STORAGE
-from megamoe.training.state import DTYPE_NAMES, needed, owned
 from megamoe.topology.parameters import param_table
+from megamoe.training.state import DTYPE_NAMES, needed, owned
 from tests.harness import run_ranks
 from tests.parallel.checkpoint_cases import CASES, MODELS, Case, State, by_world, comparable, whole_state
 from tests.parallel.worlds import LAUNCH_TIMEOUT_SECONDS, samples, steps, trainer_of
@@ -87,7 +87,7 @@ def test_a_rank_owns_its_share_and_reads_its_weights_whole(world):
         for rank in by_rank:
             check_slices(rank[number]["needed"], expected, None)
         # The data ranks share the work: nobody writes more than twice the mean.
-        written = [sum(piece.num_bytes for piece, _ in rank[number]["owned"] if piece.kind != "random") for rank in by_rank]
+        written = [sum(s.num_bytes for s, _ in rank[number]["owned"] if s.kind != "random") for rank in by_rank]
         assert max(written) <= 2 * np.mean(written), (case.name, written)
 
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megamoe.config.schema import Config
 from megamoe.launch.environment import rank_environment
 from megamoe.training.build import Trainer, build_trainer
-from megamoe.training.optimizer_state import create_state
 from megamoe.training.distributed import initialize_distributed
+from megamoe.training.optimizer_state import create_state
 from megamoe.training.report import LossMeter
 from tests.parity.layouts import ParityLayout
 from tests.parity.ranks import share
@@ -108,7 +108,7 @@ def weights(trainer: Trainer) -> dict[str, np.ndarray]:
 
 
 def optimizer_state(trainer: Trainer) -> dict[str, np.ndarray]:
-    """This rank's optimizer tensors as the optimizer holds them: moments, steps, fp32 master partitions, padding too."""
+    """This rank's optimizer tensors as the optimizer holds them: moments, steps, fp32 masters, padding too."""
     basic, found = trainer.engine.basic_optimizer, {}
     create_state(basic)
     for index, group in enumerate(basic.param_groups):
