@@ -23,8 +23,8 @@ class WandbSink:
             mode=monitor.wandb_mode,
             dir=config.run.dir,
             config=config.model_dump(mode="json"),
-            id=run_id,
-            resume="allow",  # a resumed run goes on in the same curves, if the service has them
+            # A resumed run goes on in the same curves, if the service has them.
+            **({} if run_id is None else {"id": run_id, "resume": "allow"}),
         )
         self.run_id: str | None = getattr(self._run, "id", None)
 

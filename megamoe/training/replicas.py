@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megamoe.errors import TrainingStopped
 from megamoe.model.naming import LocalParameter
-from megamoe.training.agreement import any_of, extremes, first_message
+from megamoe.training.agreement import extremes, first_message
 from megamoe.training.hooks import BaseHook
 from megamoe.training.step import StepResult
 
@@ -46,14 +46,13 @@ def check_replicas(trainer: "Trainer") -> None:
     """Raises TrainingStopped, the same on all ranks, naming a rank and a tensor, where copies differ. Collective."""
     in_run, in_weights = _difference_in_run(trainer), _difference_in_weights(trainer)
     message = in_run or in_weights  # every rank has been through every comparison: none waits for another
-    if not any_of(message is not None, groups=trainer.groups, device=trainer.schedule.device)[0]:
-        return
-    found = first_message(message, groups=trainer.groups, device=trainer.schedule.device)
-    assert found is not None
-    raise TrainingStopped(
-        f"after step {trainer.step} {found[1]}: memory or a link is faulty, or ranks run different code; resume from "
-        "a checkpoint of before"
+    found = first_message(
+        message and f"after step {trainer.step} {message}", groups=trainer.groups, device=trainer.schedule.device
     )
+    if found is not None:
+        raise TrainingStopped(
+            f"{found[1]}: memory or a link is faulty, or ranks run different code; resume from a checkpoint of before"
+        )
 
 
 def _difference_in_run(trainer: "Trainer") -> str | None:

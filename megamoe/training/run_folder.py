@@ -42,7 +42,8 @@ def resumable_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
         name = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         name = None
-    if name is not None and (step_of(name) is None or not (folder / name).is_dir()):
+    stood_aside = name is not None and any(folder.glob(f".{name}.*.aside"))  # until `recover` has put it back
+    if name is not None and not stood_aside and (step_of(name) is None or not (folder / name).is_dir()):
         raise CheckpointError(
             f'{folder / LATEST} names "{name}", which is no checkpoint beside it: write the name of one of '
             f"{sorted(p.name for p in folder.iterdir() if step_of(p.name) is not None)} into it, or remove it "
