@@ -227,6 +227,8 @@ def _gather(
 def _put_in_force(root: Path, partial: Path, final: Path, save_id: str) -> None:
     """Give the complete folder its name, then `latest`. OSErrors pass."""
     write_word(root / NEXT, f"{final.name} {save_id}")
+    sync_folder(root)
+    sync_folder(root.parent)  # a first save has made `root` itself
     faults.reach("next-renamed")
     aside = root / f".{final.name}.{save_id}.aside"
     if final.exists():

@@ -240,8 +240,9 @@ def change(path: str) -> Callable[[dict], None]:
 FORGERIES = {
     **{f"file name {name!r}": set_name(name) for name in (
         "../weight_rank_00000.safetensors", "/etc/passwd", "a/../weight_rank_00000.safetensors", "..", "",
-        "manifest.json", "weight_rank_00000.safetensors\0", "weight_rank_00000.safetensors\n", "WEIGHT_rank_00000.safetensors", 7,
-        None, ["x"],
+        "manifest.json", "weight_rank_00000.safetensors\0", "weight_rank_00000.safetensors\n",
+        "WEIGHT_rank_00000.safetensors",
+        7, None, ["x"],
     )},
     **{f"shape {shape}": set_shape(shape) for shape in (
         [-4, 6, 5], [0, 6, 5], [1 << 62, 1 << 62], [1 << 70], [4.0, 6, 5], [True, 6, 5], ["4", 6, 5], [], [4, 6],
@@ -257,8 +258,9 @@ FORGERIES = {
     )},
     **{f"{key} {str(value)[:20]!r}": set_key(key, value) for key, value in (
         ("format", "other"), ("version", 2), ("version", "1"), ("step", -1), ("step", 1.5), ("step", None),
-        ("save_id", "../x"), ("save_id", ""), ("save_id", 5), ("block_bytes", 0), ("block_bytes", 12), ("block_bytes", 1 << 40),
-        ("config_hash", "0" * 32), ("config", {"model": {}}), ("config", []), ("state", []), ("layout", None),
+        ("save_id", "../x"), ("save_id", ""), ("save_id", 5), ("block_bytes", 0), ("block_bytes", 12),
+        ("block_bytes", 1 << 40), ("config_hash", "0" * 32), ("config", {"model": {}}), ("config", []), ("state",
+        []), ("layout", None),
         ("parameters", {}), ("parameters", []), ("parameters", {"x": [-1]}), ("files", {}), ("files", [{}]),
         ("files", [3]), ("tensors", {}), ("tensors", []), ("tensors", [None]), ("surprise", 1), ("versions", 3),
     )},
