@@ -209,7 +209,7 @@ def _gather(
         for rank in range(num_ranks):
             if f"rank_{rank:05d}.failed" in names:
                 reason = (partial / f"rank_{rank:05d}.failed").read_text(encoding="utf-8", errors="replace").strip()
-                raise SaveError(f"step {step} was not saved: rank {rank} failed: {reason or 'it could not say why'}")
+                raise SaveError(f"step {step} was not saved: rank {rank} failed: {reason or 'it could not write why, its disk may be full'}")
         missing = {rank for rank in missing if part_name(rank) not in names}
         if not missing:
             return [read_part(partial, rank, step, save_id) for rank in range(num_ranks)]

@@ -1,5 +1,6 @@
 """What one rank writes: a safetensors file for each kind, then its part of the manifest. No collectives."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -106,6 +107,10 @@ def _write_file(
             faults.reach("file-written")
             os.fsync(descriptor)
             faults.reach("file-synced")
+        except OSError:
+            with contextlib.suppress(OSError):  # on a full disk: room for the report of what went wrong
+                os.unlink(path)
+            raise
         finally:
             os.close(descriptor)
     return FileEntry(path.name, offset, len(header), checksum(header)), stored

@@ -14,6 +14,7 @@ from megamoe.checkpoint import commit as committing
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.checkpoint.slices import STORAGE, Box, Slice, volume, whole_box
 from megamoe.checkpoint.writer import write_rank
+from megamoe.errors import SaveError
 
 Key = tuple[str, str]
 Piece = tuple[Box, int, int]
@@ -89,7 +90,10 @@ def save(
     save_id = options.pop("save_id", None) or f"s{step}x{os.urandom(4).hex()}"
     partial = committing.begin(root, step, save_id)
     for rank, slices in enumerate(deal_out(random.Random(seed), tensors, num_ranks)):
-        write_rank(partial, rank=rank, save_id=save_id, step=step, slices=slices)
+        try:
+            write_rank(partial, rank=rank, save_id=save_id, step=step, slices=slices)
+        except SaveError as error:
+            committing.report_failure(partial, rank, str(error))
     arguments = {
         "state": {"samples": 10 * step, "loss": 1.5},
         "config": {},
