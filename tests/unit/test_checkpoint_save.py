@@ -31,7 +31,8 @@ ROWS: list[tuple[str, int, int, int, int, int]] = []
 
 
 @pytest.fixture(autouse=True)
-def no_callback_stays():
+def no_callback_stays(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     yield
     faults.set_callback(None)
 
@@ -92,8 +93,7 @@ def message_of_a_child(action) -> str:
     return text
 
 
-def test_a_disk_that_is_full_at_any_byte_costs_only_the_new_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def test_a_disk_that_is_full_at_any_byte_costs_only_the_new_save(tmp_path):
     print(f"seed {SEED}")
     rng, root = random.Random(SEED), tmp_path / "root"
     for step in (1, 2):
