@@ -309,7 +309,6 @@ RAW_FORGERIES = {
     "1e999": lambda text: text.replace('"loss":1.5', '"loss":1e999'),
     "NaN for a size": lambda text: text.replace('"size":', '"size":NaN,"was":', 1),
     "5000 digits": lambda text: text.replace('"loss":1.5', '"loss":' + "9" * 5000),
-    "50 digits": lambda text: text.replace('"loss":1.5', '"loss":' + "9" * 50),
     "deep nesting": lambda text: text.replace('"loss":1.5', '"loss":' + "[" * 200_000 + "]" * 200_000),
     "deep nesting, open": lambda text: text.replace('"loss":1.5', '"loss":' + '{"a":' * 100_000),
     "no object": lambda text: "[" + text[1:],
