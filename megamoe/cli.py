@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megamoe import __version__
+from megamoe.checkpoint_commands import add_checkpoint_commands
 from megamoe.errors import MegamoeError
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="start N ranks on this machine; without it this process is the only rank, or one of torchrun's or srun's",
     )
+    add_checkpoint_commands(commands)
     return parser
 
 

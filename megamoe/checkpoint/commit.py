@@ -109,8 +109,18 @@ def commit(
     return final
 
 
-def merge(parts: Sequence[Part], *, state: dict[str, Any], config: dict[str, Any], layout: dict[str, Any]) -> Manifest:
-    """One manifest of every rank's part. Raises CheckpointError where they contradict each other."""
+def merge(
+    parts: Sequence[Part],
+    *,
+    state: dict[str, Any],
+    config: dict[str, Any],
+    layout: dict[str, Any],
+    versions: dict[str, str] | None = None,
+) -> Manifest:
+    """One manifest of every rank's part; `versions` default to those of here and now.
+
+    Raises CheckpointError where parts contradict each other.
+    """
     files: list[FileEntry] = []
     heads: dict[tuple[str, str], TensorEntry] = {}
     slices: dict[tuple[str, str], list[StoredSlice]] = {}
@@ -134,7 +144,7 @@ def merge(parts: Sequence[Part], *, state: dict[str, Any], config: dict[str, Any
         state=state,
         config=config,
         layout=layout,
-        versions=library_versions(),
+        versions=library_versions() if versions is None else versions,
         parameters=promised_parameters(config, tensors),
         files=tuple(files),
         tensors=tensors,
@@ -208,8 +218,9 @@ def _gather(
         names = set(os.listdir(partial))
         for rank in range(num_ranks):
             if f"rank_{rank:05d}.failed" in names:
-                reason = (partial / f"rank_{rank:05d}.failed").read_text(encoding="utf-8", errors="replace").strip()
-                raise SaveError(f"step {step} was not saved: rank {rank} failed: {reason or 'it could not say why'}")
+                report = (partial / f"rank_{rank:05d}.failed").read_text(encoding="utf-8", errors="replace").strip()
+                reason = report or "it could not write why, its disk may be full"
+                raise SaveError(f"step {step} was not saved: rank {rank} failed: {reason}")
         missing = {rank for rank in missing if part_name(rank) not in names}
         if not missing:
             return [read_part(partial, rank, step, save_id) for rank in range(num_ranks)]
@@ -227,6 +238,8 @@ def _gather(
 def _put_in_force(root: Path, partial: Path, final: Path, save_id: str) -> None:
     """Give the complete folder its name, then `latest`. OSErrors pass."""
     write_word(root / NEXT, f"{final.name} {save_id}")
+    sync_folder(root)
+    sync_folder(root.parent)  # a first save has made `root` itself
     faults.reach("next-renamed")
     aside = root / f".{final.name}.{save_id}.aside"
     if final.exists():

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from megamoe.errors import CheckpointError, SaveError
 
+# Bytes are hashed and copied in chunks that stay in a core's cache between the two.
+CHUNK_BYTES = 1 << 20
+
 _ADVICE = {
     errno.ENOSPC: "free space or choose a run.dir on another disk",
     errno.EDQUOT: "free space within the quota or choose another run.dir",

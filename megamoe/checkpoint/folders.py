@@ -118,6 +118,7 @@ def prune(root: Path, *, newest_step: int, save_id: str, keep_last: int, keep_ev
         # Under its name it is always whole: the name goes first.
         removed = root / hidden_name(step, save_id, "removed")
         os.rename(root / checkpoint_name(step), removed)
+        sync_folder(root)
         faults.reach("prune-renamed")
         remove_tree(removed)
         faults.reach("prune-removed")

@@ -60,7 +60,6 @@ def loads(data: bytes, where: str) -> Any:
             object_pairs_hook=_object,
             parse_constant=_constant,
             parse_float=_float,
-            parse_int=_int,
         )
     except (ValueError, RecursionError) as error:  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors
         raise CheckpointError(f"{where} is damaged: {_first_line(error)}") from None
@@ -88,9 +87,3 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is beyond every number")
     return value
-
-
-def _int(text: str) -> int:
-    if len(text) > 40:
-        raise ValueError(f"the number {text[:40]}... is beyond 128 bits")
-    return int(text)

@@ -1,5 +1,6 @@
 """What one rank writes: a safetensors file for each kind, then its part of the manifest. No collectives."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -8,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from megamoe.checkpoint import faults, manifest
-from megamoe.checkpoint.files import saving, sync_folder, write_all
+from megamoe.checkpoint.files import CHUNK_BYTES, saving, sync_folder, write_all
 from megamoe.checkpoint.manifest import FileEntry, Part, StoredSlice, TensorEntry
 from megamoe.checkpoint.slices import STORAGE, Slice
 from megamoe.checkpoint.strict_json import checksum
@@ -98,17 +100,30 @@ def _write_file(
             for piece, blocks in sources:
                 checksums = []
                 for block in blocks():
-                    checksums.append(checksum(block))
-                    write_all(descriptor, block)
+                    checksums.append(_write_block(descriptor, block))
                     faults.reach("file-block")
                 stored.append(StoredSlice(number, offset, piece.box, piece.first, piece.last, tuple(checksums)))
                 offset += piece.num_bytes
             faults.reach("file-written")
             os.fsync(descriptor)
             faults.reach("file-synced")
+        except OSError:
+            with contextlib.suppress(OSError):  # on a full disk: room for the report of what went wrong
+                os.unlink(path)
+            raise
         finally:
             os.close(descriptor)
     return FileEntry(path.name, offset, len(header), checksum(header)), stored
+
+
+def _write_block(descriptor: int, block: memoryview) -> str:
+    """Write one block; returns its checksum."""
+    digest = xxhash.xxh3_64()
+    for start in range(0, len(block), CHUNK_BYTES):
+        chunk = block[start : start + CHUNK_BYTES]
+        digest.update(chunk)
+        write_all(descriptor, chunk)
+    return digest.hexdigest()
 
 
 def _header(save: Save, kind: str, pieces: Sequence[Slice]) -> bytes:
