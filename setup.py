@@ -28,6 +28,7 @@ setup(
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "wandb>=0.19",
+        "xxhash>=3.4",
         "zstandard>=0.22",
     ],
     extras_require={

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megamoe import __version__
+from megamoe.checkpoint_commands import add_checkpoint_commands
 from megamoe.errors import MegamoeError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return exit_code
     except MegamoeError as error:
-        print(f"megamoe: error: {error}", file=sys.stderr)
+        print(f"megamoe: {'error: ' if error.is_failure else ''}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="start N ranks on this machine; without it this process is the only rank, or one of torchrun's or srun's",
     )
+    add_checkpoint_commands(commands)
     return parser
 
 
@@ -199,15 +201,15 @@ def _derived_sizes(config: "Config") -> dict[str, int]:
 
 def _completed_steps(config: "Config") -> int:
     """Steps that a resumed run has behind it, read before any rank is started."""
-    from megamoe.training.checkpoint_state import check_same_model, read_state
-    from megamoe.training.run_folder import latest_checkpoint
+    from megamoe.training.checkpoint_state import check_same_model
+    from megamoe.training.run_folder import resumable_manifest
 
-    newest = latest_checkpoint(config.run.dir) if config.checkpoint.resume else None
-    if newest is None:
+    found = resumable_manifest(config.run.dir) if config.checkpoint.resume else None
+    if found is None:
         return 0
-    state = read_state(newest)
-    check_same_model(state, config, newest)
-    return state["step"]
+    folder, manifest = found
+    check_same_model(manifest.config, config, folder, with_optimizer=True)
+    return manifest.state["step"]
 
 
 def _choose_device(config: "Config", environment: "RankEnvironment", local_ranks: int | None) -> None:
@@ -255,6 +257,8 @@ def _train(options: argparse.Namespace) -> int:
             num_ranks=options.local_ranks,
             preload=("megamoe.training.main",),
             timeout_seconds=None,
+            grace_seconds=3.0,
+            stop_seconds=config.parallel.timeout_seconds + config.checkpoint.save_timeout_seconds,
         )  # which has printed why, if it failed
         return result.exit_code
 

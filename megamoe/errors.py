@@ -9,6 +9,7 @@ class MegamoeError(Exception):
     """A problem the user can mend: the message says what, where, and what would be valid."""
 
     exit_code = 2
+    is_failure = True
 
 
 class ConfigError(MegamoeError):
@@ -20,7 +21,11 @@ class DataError(MegamoeError):
 
 
 class CheckpointError(MegamoeError):
-    """A checkpoint is missing, incomplete, damaged, or was written by another layout."""
+    """A checkpoint is missing, incomplete, damaged, or of another model; or it could not be written."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; earlier ones are whole."""
 
 
 class TopologyError(MegamoeError):
@@ -31,3 +36,10 @@ class TrainingStopped(MegamoeError):
     """Training ended itself: too many skipped steps, a hang, a rank that died."""
 
     exit_code = 3
+
+
+class TrainingInterrupted(MegamoeError):
+    """A signal asked the run to stop: it finished its step, saved, and the same command goes on from there."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+    is_failure = False

@@ -97,7 +97,16 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     checked here; what several keys must agree on is checked by `megamoe.config.validation.validate`.
     Raises ConfigError, one sentence: unknown source or key with the nearest, wrong value with what is valid.
     """
-    layers = _source_layers(source) + [_override_layer(override) for override in overrides]
+    return _resolve(_source_layers(source), overrides)
+
+
+def override_config(config: Config, overrides: Sequence[str], where: str) -> Config:
+    """`config`, which came from `where`, with `section.key=value` overrides. Raises ConfigError as `load_config`."""
+    return _resolve([_Layer(config.model_dump(mode="json"), where)], overrides)
+
+
+def _resolve(sources: list[_Layer], overrides: Sequence[str]) -> Config:
+    layers = sources + [_override_layer(override) for override in overrides]
     tree: dict[str, Any] = {}
     for layer in layers:
         check_keys(layer.tree, layer.where)

@@ -162,12 +162,20 @@ class DataConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state of a run is written, and how much of it is kept."""
+    """When the state of a run is written and checked, how much of it is kept, and what a run starts from."""
 
     save_interval_steps: CountOrZero = 0  # 0: only at the end
     keep_last: PositiveInt = 2
+    keep_every_steps: PositiveInt | None = None  # besides: those of every multiple of this step are kept for good
     save_at_end: bool = True
+    async_save: bool = True  # training goes on while a copy of the state is written
+    save_timeout_seconds: Annotated[float, Field(gt=0.0)] = 1_800.0  # a save that takes longer has failed
+    on_save_failure: Literal["continue", "stop"] = "continue"  # a save at the end that fails always ends in an error
     resume: bool = True  # go on from the newest complete checkpoint of the run folder
+    on_damage: Literal["fall_back", "stop"] = "fall_back"  # the newest is damaged: take the one before, or stop
+    verify: Literal["full", "sampled"] = "full"  # checksums on reading: of every block, or of one tensor in ten
+    load_from: str | None = None  # fine-tuning: start from the weights of this checkpoint, or of this run's newest
+    replica_check_interval_steps: CountOrZero = 100  # compare what must be equal on several ranks; 0: never
 
 
 class MonitorConfig(Section):

@@ -9,7 +9,7 @@ from typing import Literal
 class Failure:
     """Why a set of ranks did not end well: the first rank that failed, and how."""
 
-    kind: Literal["user", "exception", "exit", "killed", "timeout", "stopped", "import", "server"]
+    kind: Literal["user", "exception", "exit", "killed", "timeout", "stopped", "import", "server", "interrupted"]
     rank: int | None  # None where no single rank is to blame
     message: str
     exit_code: int
@@ -19,6 +19,8 @@ class Failure:
     @property
     def report(self) -> str:
         """What the user reads: one sentence for what is theirs to mend, all we know for everything else."""
+        if self.kind == "interrupted":
+            return f"megamoe: {self.message}"
         if self.kind == "user":
             return f"megamoe: error: {self.message}"
         parts = [self.message]

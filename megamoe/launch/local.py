@@ -7,6 +7,7 @@ the others, and leaves neither processes nor temporary files behind.
 
 import contextlib
 import json
+import math
 import os
 import select
 import shutil
@@ -35,6 +36,7 @@ START_SERVER = (
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.1
 STACKS_WAIT_SECONDS = 3.0
+LEAVE_SECONDS = 60.0  # what the other ranks have to end once one has ended as a signal asked it to
 MAX_OUTPUT_BYTES, KEPT_OUTPUT_BYTES = 1 << 20, 1 << 14  # of a captured rank: on disk, and shown when it fails
 # A rank that dies without a word is noticed after its peers' broken connections, which it caused; and an error meant
 # for the user may come up after the rank has closed its connections. Both are causes, never consequences.
@@ -59,6 +61,7 @@ def run_local(
     preload: Sequence[str] = (),
     timeout_seconds: float | None = None,
     grace_seconds: float = 10.0,
+    stop_seconds: float | None = None,
 ) -> LocalResult:
     """Run "module:function"(payload) on `num_ranks` new ranks of this machine, and print why if it fails.
 
@@ -67,7 +70,8 @@ def run_local(
     SIGTERM and SIGUSR1 are forwarded; a second Ctrl-C kills. OMP_NUM_THREADS is 1 unless it is set.
 
     payload: JSON. preload: modules to import once, before the ranks are forked. timeout_seconds: after it, the stacks
-    of all ranks are printed and the ranks are killed. grace_seconds: how long ranks may take to end after SIGTERM.
+    of all ranks are printed and the ranks are killed. grace_seconds: how long ranks may take to end after the SIGTERM
+    that the first failure brings them. stop_seconds: how long after a SIGTERM or SIGUSR1 that was forwarded to them.
 
     Never raises for a failing rank: the exit code is the MegamoeError's own, 1 for another exception, 128 + signal for
     a killed rank, 124 for a timeout.
@@ -79,7 +83,7 @@ def run_local(
         else:
             result = server.run(
                 entry, payload, num_ranks=num_ranks, captured_ranks=range(1, num_ranks), signals=signals,
-                timeout_seconds=timeout_seconds, grace_seconds=grace_seconds,
+                timeout_seconds=timeout_seconds, grace_seconds=grace_seconds, stop_seconds=stop_seconds,
             )  # fmt: skip
             result = replace(result, preload_seconds=preload_seconds)
     if result.failure is not None:
@@ -177,11 +181,12 @@ class RankServer:
         signals: list[int] | None = None,
         timeout_seconds: float | None = None,
         grace_seconds: float = 10.0,
+        stop_seconds: float | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> LocalResult:
         """Run one set of ranks to its end; as `run_local`, which see. `signals` grows while signals arrive."""
         folder = Path(tempfile.mkdtemp(prefix="megamoe-ranks-"))
-        launch = _Launch(self, folder, num_ranks, signals if signals is not None else [], grace_seconds)
+        launch = _Launch(self, folder, num_ranks, signals if signals is not None else [], grace_seconds, stop_seconds)
         try:
             self.send(
                 "start", entry=entry, payload=payload, num_ranks=num_ranks, folder=str(folder),
@@ -216,10 +221,17 @@ class _Launch:
     """Waits for one set of ranks: who ended how and when, what we told them, and what to make of it."""
 
     def __init__(
-        self, server: RankServer, folder: Path, num_ranks: int, signals: list[int], grace_seconds: float
+        self,
+        server: RankServer,
+        folder: Path,
+        num_ranks: int,
+        signals: list[int],
+        grace_seconds: float,
+        stop_seconds: float | None,
     ) -> None:
         self.server, self.folder, self.num_ranks, self.grace_seconds = server, folder, num_ranks, grace_seconds
-        self.signals = signals
+        self.signals, self.stop_seconds = signals, stop_seconds
+        self.stop_by: float | None = None  # when ranks that were asked to stop are killed
         self.ends: dict[int, dict[str, Any]] = {}  # rank -> kind, message, traceback, exit_code, time, status
         self.cut_output: dict[int, str] = {}
         self.forwarded: int | None = None  # SIGINT or SIGTERM that the user sent
@@ -237,7 +249,8 @@ class _Launch:
                 self.stacks = self.collect_stacks()
                 self.send_signal(signal.SIGKILL)
             terminated = self.sent_at.get(signal.SIGTERM)
-            if terminated is not None and now > terminated + self.grace_seconds:
+            late = terminated is not None and now > terminated + self.grace_seconds
+            if late or (self.stop_by is not None and now > self.stop_by):
                 self.send_signal(signal.SIGKILL)
             if now > next_cut:
                 next_cut = now + 1.0
@@ -257,8 +270,15 @@ class _Launch:
         end["silent"] = "time" not in end
         end.setdefault("time", event["time"])
         self.ends[rank] = end
-        if end["kind"] != "done" and not self.sent_at:
+        if end["kind"] == "interrupted":
+            self.stop_within(LEAVE_SECONDS)
+        elif end["kind"] != "done" and not self.sent_at:
             self.send_signal(signal.SIGTERM)
+
+    def stop_within(self, seconds: float | None) -> None:
+        """The ranks were asked to stop: those that have not ended by then are killed."""
+        if seconds is not None:
+            self.stop_by = min(self.stop_by or math.inf, time.monotonic() + seconds)
 
     def send_signal(self, number: int) -> None:
         if number not in self.sent_at:
@@ -275,6 +295,8 @@ class _Launch:
                 print("\nStopping; Ctrl-C again kills the ranks at once.", file=sys.stderr, flush=True)
             if number in (signal.SIGINT, signal.SIGTERM):
                 self.forwarded = number
+            if number in (signal.SIGTERM, signal.SIGUSR1):
+                self.stop_within(self.stop_seconds)
             self.server.send("signal", signal=int(number))
 
     def collect_stacks(self) -> str:
@@ -309,8 +331,9 @@ class _Launch:
             return None
         if self.forwarded is not None and any(self._ended_by_user(end) for end in failed.values()):
             return stopped_by(self.forwarded)
-        # Ends that we brought about ourselves are no causes; some end was there before.
+        # Ends that we brought about ourselves are no causes; some end was there before. Nor is an obeyed signal.
         causes = {rank: end for rank, end in failed.items() if not self._ended_by_us(end)} or failed
+        causes = {rank: end for rank, end in causes.items() if end["kind"] != "interrupted"} or causes
         rank = min(causes, key=lambda rank: self._began(causes[rank]))
         return self._failure_of(rank, causes[rank])
 
@@ -327,6 +350,8 @@ class _Launch:
 
     def _failure_of(self, rank: int, end: dict[str, Any]) -> Failure:
         output = self.output(rank)[-KEPT_OUTPUT_BYTES:]
+        if end["kind"] == "interrupted":
+            return Failure("interrupted", rank, end["message"], end["exit_code"])
         if end["kind"] == "user":
             return Failure("user", rank, end["message"], end["exit_code"], end["traceback"], output)
         if end["kind"] == "exception":

@@ -65,7 +65,7 @@ def describe_exception(error: BaseException) -> dict[str, Any]:
     text = "".join(traceback.format_exception(type(error), error, frames))
     ended = {"time": now, "message": str(error), "traceback": text, "exit_code": 1}
     if isinstance(error, MegamoeError):
-        return ended | {"kind": "user", "exit_code": error.exit_code}
+        return ended | {"kind": "user" if error.is_failure else "interrupted", "exit_code": error.exit_code}
     if isinstance(error, KeyboardInterrupt):
         return ended | {"kind": "interrupt", "exit_code": 128 + signal.SIGINT}
     if isinstance(error, SystemExit):
@@ -87,7 +87,10 @@ class Server:
         os.set_blocking(self.wake_write, False)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up pipe tells
-        signal.signal(signal.SIGTERM, lambda *_: self.end())  # sent by the kernel when the launcher is gone
+        # Sent by the kernel when the launcher is gone. SLURM sends it to all processes of a step, to this one, too:
+        # what ranks make of it is theirs, and the launcher passes it on.
+        launcher = os.getppid()
+        signal.signal(signal.SIGTERM, lambda *_: self.end() if os.getppid() != launcher else None)
 
     def serve(self) -> NoReturn:
         pending = b""
@@ -219,7 +222,7 @@ def prepare_rank(request: dict[str, Any], rank: int, server_pid: int) -> None:
     set_process_name(f"megamoe-rank-{rank}")
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
+    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     redirect_output(Path(request["folder"]), rank, rank in request["captured_ranks"])
     os.environ.clear()
@@ -267,7 +270,7 @@ def set_process_name(name: str) -> None:
 
 def main(control_fd: int, launcher_pid: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher forwards it to the ranks
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # likewise, and where SLURM sends it to every process of a step
     die_with_parent(signal.SIGTERM, launcher_pid)
     set_process_name("megamoe-server")
     Server(socket.socket(fileno=control_fd)).serve()

@@ -17,9 +17,19 @@ def seed_generators(seed: int, groups: ParallelGroups, *, router_jitter: bool = 
     Outside tensor-parallel regions the ranks of a tensor group must draw alike; inside them each draws its own. Data
     ranks and pipeline stages always differ. Routers draw apart where tensor ranks route slices, alike where copies.
     """
+    _seed_all(seed, groups, "", router_jitter=router_jitter)
+
+
+def reseed_generators(seed: int, groups: ParallelGroups, *, step: int) -> None:
+    """As `seed_generators` did, with streams of their own for a run that goes on at `step` under another layout."""
+    has_jitter = JITTER_STATE in get_cuda_rng_tracker().get_states()
+    _seed_all(seed, groups, f"/step_{step}", router_jitter=has_jitter)
+
+
+def _seed_all(seed: int, groups: ParallelGroups, ending: str, *, router_jitter: bool) -> None:
     at = groups.coordinates
-    shared = seed_of(seed, f"dropout/{at.data}/{at.pipeline}")
-    own = seed_of(seed, f"dropout/{at.data}/{at.pipeline}/{at.tensor}")
+    shared = seed_of(seed, f"dropout/{at.data}/{at.pipeline}{ending}")
+    own = seed_of(seed, f"dropout/{at.data}/{at.pipeline}/{at.tensor}{ending}")
     torch.manual_seed(shared)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(shared)
@@ -29,7 +39,7 @@ def seed_generators(seed: int, groups: ParallelGroups, *, router_jitter: bool = 
     tracker.add(TENSOR_PARALLEL_STATE, own)
     if router_jitter:
         slice_number = at.tensor if groups.grid.expert_tensor == 1 else 0
-        tracker.add(JITTER_STATE, seed_of(seed, f"router_jitter/{at.data}/{at.pipeline}/{slice_number}"))
+        tracker.add(JITTER_STATE, seed_of(seed, f"router_jitter/{at.data}/{at.pipeline}/{slice_number}{ending}"))
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -27,7 +27,8 @@ from megamoe.training.step import Batch, Schedule, StepResult, train_step
 @dataclass
 class Trainer:
     """All that a run needs on one rank. `step` counts optimizer steps, skipped ones too; `samples`
-    consumed sequences; `skipped_steps` steps whose gradient was not finite."""
+    consumed sequences; `skipped_steps` steps whose gradient was not finite; `monitoring_run_id` is the tracking
+    service's, if one is used."""
 
     config: Config
     groups: ParallelGroups
@@ -42,6 +43,7 @@ class Trainer:
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
+    monitoring_run_id: str | None = None
 
     def train_step(self, batch: Batch, global_batch_size: int) -> StepResult:
         """Advance by one optimizer step over `batch`, this rank's share of global_batch_size sequences."""

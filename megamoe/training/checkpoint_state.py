@@ -1,23 +1,14 @@
-"""The JSON state of a checkpoint: which run it is of, and whether a configuration may go on from it. No torch."""
+"""May a configuration go on from a checkpoint, and what differs from the one it was saved under? No torch."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError
 
-FORMAT = "megamoe-rank-files-2"
-STATE_FILE = "state.json"
-_KEYS = ("config", "num_ranks", "step", "samples", "skipped_steps", "loss_scaler", "group_steps")
-
-# How the files are cut: another value cannot read them.
-_LAYOUT = (
-    "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size", "parallel.virtual_pipeline_parallel_size",
-    "parallel.expert_parallel_size", "parallel.expert_tensor_parallel_size", "parallel.zero_stage",
-    "run.precision", "optimizer.name", "optimizer.implementation",
-)  # fmt: skip
+# What the optimizer's state means: another value cannot go on from it.
+_OPTIMIZER = ("optimizer.name",)
 # What the weights mean: another value, even one that leaves every shape as it was, is another model.
 _MODEL = (
     "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads",
@@ -33,62 +24,42 @@ _MODEL = (
 _FREE = ("run.dir", "run.num_steps", "run.device", "parallel.timeout_seconds", "checkpoint.", "monitor.")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint. Raises CheckpointError when it is missing, damaged, or no state of ours."""
-    path = folder / STATE_FILE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {folder} is no complete checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f'{path} is not of format "{FORMAT}"')
-    for key in _KEYS:
-        if key not in state:
-            raise CheckpointError(f'{path} is damaged: it has no "{key}"')
-    return state
+def check_same_model(saved: Mapping[str, Any], config: Config, folder: Path, *, with_optimizer: bool) -> None:
+    """Raises CheckpointError naming what differs if a checkpoint of the configuration `saved` holds another model.
 
-
-def check_same_model(state: dict[str, Any], config: Config, folder: Path) -> None:
-    """Raises CheckpointError naming what differs if the checkpoint holds another model than `config` describes."""
-    changed = list(_differences(state, config, _MODEL))
+    with_optimizer: its optimizer's state must fit, too.
+    """
+    changed = list(_differences(saved, config, _MODEL))
     if changed:
         raise CheckpointError(
             f"{folder} holds another model ({'; '.join(changed)}): resume with that model, choose another run.dir, "
             "or set checkpoint.resume false"
         )
-
-
-def check_same_layout(state: dict[str, Any], config: Config, num_ranks: int, folder: Path) -> None:
-    """Raises CheckpointError naming what differs if the files are cut otherwise than `config` on `num_ranks` cuts."""
-    changed = list(_differences(state, config, _LAYOUT))
-    if state["num_ranks"] != num_ranks:
-        changed.append(f"{state['num_ranks']} ranks there, {num_ranks} here")
+    changed = list(_differences(saved, config, _OPTIMIZER)) if with_optimizer else []
     if changed:
         raise CheckpointError(
-            f"{folder} was written by another layout ({'; '.join(changed)}): resume with that layout, "
-            "or choose another run.dir"
+            f"{folder} holds the state of another optimizer ({'; '.join(changed)}): resume with that one, or start a "
+            "run from its weights alone (checkpoint.load_from and another run.dir)"
         )
 
 
-def changed_settings(state: dict[str, Any], config: Config) -> list[str]:
+def changed_settings(saved: Mapping[str, Any], config: Config) -> list[str]:
     """Settings that differ from the checkpoint's and may: the user should hear of them."""
-    return list(_differences(state, config, None))
+    return list(_differences(saved, config, None))
 
 
-def _differences(state: dict[str, Any], config: Config, keys: tuple[str, ...] | None) -> Iterator[str]:
+def _differences(saved: Mapping[str, Any], config: Config, keys: tuple[str, ...] | None) -> Iterator[str]:
     """ "key X there, Y here" for each of `keys` (None: all that is neither fixed nor free) whose values differ."""
     here = _flat(config.model_dump(mode="json"))
     # A setting that the checkpoint does not know of yet did then what its default does now.
-    there = _flat(Config().model_dump(mode="json")) | _flat(state["config"])
+    there = _flat(Config().model_dump(mode="json")) | _flat(saved)
     for key in sorted(here.keys() | there.keys()):
-        fixed, free = key in _MODEL or key in _LAYOUT, key.startswith(_FREE)
+        fixed, free = key in _MODEL or key in _OPTIMIZER, key.startswith(_FREE)
         wanted = key in keys if keys is not None else not fixed and not free
         if wanted and here.get(key) != there.get(key):
             yield f"{key} {there.get(key)} there, {here.get(key)} here"
 
 
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """{"section.key": value}; deeper levels stay values."""
     return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

@@ -28,12 +28,17 @@ class GradientSlice:
 
 
 class GradientFinalizer:
-    """Finishes the gradients of one step and measures them. `norm` is the last global norm, without loss scale."""
+    """Finishes the gradients of one step and measures them. `norm` is the last global norm, without loss scale.
+
+    `stop_wanted` may be set on any rank at any time; after the next step `stop_agreed` tells every rank of it. It rides
+    along in the all-reduce of the norm, which every step has anyway.
+    """
 
     def __init__(self, parameters: Sequence[LocalParameter], groups: ParallelGroups, config: Config) -> None:
         self.by_tensor = {id(local.tensor): local for local in parameters}
         self.clip_grad = config.optimizer.clip_grad
         self.norm = math.nan
+        self.stop_wanted = self.stop_agreed = False
         self._groups, self._parallel = groups, config.parallel
         self._is_tied = config.model.tie_embeddings and groups.grid.pipeline > 1
         self._expert_scale = 1.0
@@ -89,8 +94,11 @@ class GradientFinalizer:
         if counted:
             norms = torch._foreach_norm(counted, 2, dtype=torch.float32)
             square_sum = torch.stack(norms).double().square().sum()
-        dist.all_reduce(square_sum, group=self._groups.world)
-        return math.sqrt(value) if math.isfinite(value := square_sum.item()) else math.inf
+        sums = torch.stack([square_sum, torch.full_like(square_sum, float(self.stop_wanted))])
+        dist.all_reduce(sums, group=self._groups.world)
+        value, num_stops = sums.tolist()
+        self.stop_agreed = num_stops > 0
+        return math.sqrt(value) if math.isfinite(value) else math.inf
 
     def _groups_device(self, slices: Sequence[GradientSlice]) -> torch.device:
         return slices[0].values.device if slices else next(iter(self.by_tensor.values())).tensor.device

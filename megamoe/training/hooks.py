@@ -8,9 +8,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megamoe.data.batches import SampleSource
-from megamoe.errors import TrainingStopped
+from megamoe.errors import CheckpointError, TrainingInterrupted, TrainingStopped
 from megamoe.training.build import Trainer
-from megamoe.training.checkpoint import save_checkpoint
 from megamoe.training.loop import local_batch
 from megamoe.training.lr_schedule import learning_rate
 from megamoe.training.report import (
@@ -21,10 +20,10 @@ from megamoe.training.report import (
     peak_memory_bytes,
     state_bytes,
 )
+from megamoe.training.saving import CheckpointSaver, Say
 from megamoe.training.step import StepResult
 
 Record = Callable[[dict[str, Any]], None]  # takes metrics on rank 0, does nothing elsewhere
-Say = Callable[[str], None]  # prints a line on rank 0
 
 
 def perplexity(loss: float) -> float:
@@ -169,28 +168,39 @@ def _held_out(trainer: Trainer, dataset: SampleSource, num_batches: int, split: 
 
 
 class Saver(BaseHook):
-    """Checkpoints at an interval and at the end."""
+    """Checkpoints at an interval and at the end, and at once where a signal asks the run to stop."""
 
-    def __init__(self, run_dir: str, interval_steps: int, at_end: bool, say: Say) -> None:
-        self.run_dir, self.interval_steps, self.at_end, self.say = run_dir, interval_steps, at_end, say
-        self._last_step = -1
+    def __init__(self, saver: CheckpointSaver, interval_steps: int, at_end: bool) -> None:
+        self.saver, self.interval_steps, self.at_end = saver, interval_steps, at_end
 
     def on_start(self, trainer: Trainer) -> None:
-        self._last_step = trainer.step
+        if self.interval_steps:
+            self.saver.prepare()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        self.saver.poll()
         if self.interval_steps and trainer.step % self.interval_steps == 0:
-            self._save(trainer)
+            self.saver.save()
+        if trainer.engine.finalizer.stop_agreed and trainer.step < trainer.config.run.num_steps:
+            self._save_last(trainer)
+            raise TrainingInterrupted(
+                f"stopped by a signal after step {trainer.step}, whose checkpoint is in "
+                f"{self.saver.root}: the same command goes on from there"
+            )
 
     def on_end(self, trainer: Trainer) -> None:
-        if self.at_end and self._last_step != trainer.step:
-            self._save(trainer)
+        if self.at_end:
+            self._save_last(trainer)
+        else:
+            self.saver.wait()
 
-    def _save(self, trainer: Trainer) -> None:
-        self._last_step = trainer.step
-        started = time.monotonic()
-        folder = save_checkpoint(trainer, self.run_dir)
-        self.say(f"saved {folder} in {time.monotonic() - started:.1f} s")
+    def _save_last(self, trainer: Trainer) -> None:
+        """The state as it is now is safe afterwards, or CheckpointError is raised: nothing more would save it."""
+        self.saver.wait()
+        if self.saver.last_step != trainer.step or self.saver.last_failure is not None:
+            self.saver.save(wait=True)
+        if self.saver.last_failure is not None:
+            raise CheckpointError(self.saver.last_failure)
 
 
 class MemoryNote(BaseHook):

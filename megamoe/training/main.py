@@ -14,10 +14,12 @@ warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*"
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from megamoe.checkpoint.commit import recover  # noqa: E402
 from megamoe.config.schema import Config  # noqa: E402
 from megamoe.config.validation import validate_for_training  # noqa: E402
 from megamoe.data.datasets import Splits, open_splits  # noqa: E402
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer  # noqa: E402
+from megamoe.errors import TrainingInterrupted, TrainingStopped  # noqa: E402
 from megamoe.launch.environment import rank_environment  # noqa: E402
 from megamoe.model import cpu_bridge  # noqa: E402
 
@@ -25,13 +27,16 @@ cpu_bridge.apply_before_import()
 
 from megamoe.training import run_folder  # noqa: E402
 from megamoe.training.build import Trainer, build_trainer  # noqa: E402
-from megamoe.training.checkpoint import load_checkpoint  # noqa: E402
 from megamoe.training.distributed import initialize_distributed  # noqa: E402
 from megamoe.training.hooks import ClockRestart, FinalTest, MemoryNote, Reporter, Saver, SkipGuard, Validator  # noqa: E402
+from megamoe.training.interruption import stop_signals_heeded  # noqa: E402
 from megamoe.training.loop import Hook, train  # noqa: E402
 from megamoe.training.monitor import Monitor  # noqa: E402
 from megamoe.training.optimizer import apex_state  # noqa: E402
+from megamoe.training.replicas import ReplicaCheck  # noqa: E402
+from megamoe.training.restore import Loaded, load_newest, load_weights  # noqa: E402
 from megamoe.training.sampling import Sampler  # noqa: E402
+from megamoe.training.saving import CheckpointSaver  # noqa: E402
 
 
 def run_rank(payload: dict[str, Any]) -> None:
@@ -49,48 +54,84 @@ def run_rank(payload: dict[str, Any]) -> None:
     tokenizer = build_tokenizer(config.data.tokenizer) if wants_sample else None
     device = initialize_distributed(environment, config.parallel.timeout_seconds)
     is_first = environment.rank == 0
-    resume_from = _checkpoint_to_resume(config, is_first=is_first, device=device)
+    resumable = _checkpoints_to_resume(config, is_first=is_first, device=device)
     trainer = build_trainer(config, device, launched_ranks_per_node=environment.ranks_per_node)
-    changed: list[str] = []
-    if resume_from is not None:
-        changed = load_checkpoint(trainer, resume_from)
+    loaded = _load(trainer, resumable)
     if is_first:
         run_folder.prepare(config)  # not before: a refused resume leaves the folder's record as it was
     dist.barrier()
-    monitor = Monitor(config, is_first=is_first, resume_step=trainer.step)
-    _say_start(trainer, monitor, splits, resumed=resume_from is not None)
-    if changed:
-        monitor.say(f"settings that the checkpoint was saved under were others: {'; '.join(changed)}")
+    monitor = Monitor(config, is_first=is_first, resume_step=trainer.step, run_id=trainer.monitoring_run_id)
+    trainer.monitoring_run_id = monitor.run_id
+    _say_start(trainer, monitor, splits, loaded)
+    saver = CheckpointSaver(trainer, config.run.dir, monitor.say)
+    hooks = _hooks(config, monitor, splits, tokenizer, saver)
+    with stop_signals_heeded(trainer.engine.finalizer):
+        interruption = _train(trainer, splits, hooks, saver, monitor)
+        # Not after a failure: a rank that took its connections down would make its peers fail before it is heard.
+        dist.barrier()
+        trainer.close()
+        dist.destroy_process_group()
+    if interruption is not None:
+        raise interruption
+
+
+def _train(
+    trainer: Trainer, splits: Splits, hooks: list[Hook], saver: CheckpointSaver, monitor: Monitor
+) -> TrainingInterrupted | None:
+    """Train to the end, or until a signal asks for another; returns what that is to be raised as, on every rank."""
     try:
-        train(trainer, splits.train, _hooks(config, monitor, splits, tokenizer))
+        train(trainer, splits.train, hooks)
+    except TrainingInterrupted as error:
+        monitor.say(str(error))
+        return error
+    except TrainingStopped:  # on every rank, too: what is being written is still worth having
+        saver.wait()
+        raise
     finally:
         monitor.close()
-    # Only after success: a failing rank that took its connections down would make its peers fail before it is heard.
-    dist.barrier()
-    trainer.close()
-    dist.destroy_process_group()
+    return None
 
 
-def _checkpoint_to_resume(config: Config, *, is_first: bool, device: torch.device) -> Path | None:
+def _checkpoints_to_resume(config: Config, *, is_first: bool, device: torch.device) -> list[Path]:
     """The first rank's choice, on every rank: a shared folder may show them different things. Collective."""
-    newest = run_folder.latest_checkpoint(config.run.dir) if config.checkpoint.resume and is_first else None
-    step = torch.tensor(-1 if newest is None else run_folder.step_of(newest.name), dtype=torch.int64, device=device)
-    dist.broadcast(step, src=0)
-    if step < 0:
-        return None
-    return run_folder.checkpoints_path(config.run.dir) / run_folder.checkpoint_name(int(step))
+    root = run_folder.checkpoints_path(config.run.dir)
+    steps: list[int] = []
+    if is_first:
+        recover(root)  # also where nothing is resumed: what a crash left must not get in the way of a save
+        found = run_folder.resumable_checkpoints(config.run.dir) if config.checkpoint.resume else []
+        steps = [run_folder.step_of(folder.name) for folder in found]
+    count = torch.tensor(len(steps), dtype=torch.int64, device=device)
+    dist.broadcast(count, src=0)
+    chosen = torch.tensor(steps or [0] * int(count), dtype=torch.int64, device=device)
+    if steps or int(count):
+        dist.broadcast(chosen, src=0)
+    return [root / run_folder.checkpoint_name(step) for step in chosen.tolist()]
 
 
-def _hooks(config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenizer | None) -> list[Hook]:
+def _load(trainer: Trainer, resumable: list[Path]) -> Loaded | None:
+    """Go on from the run's own checkpoint, else from the weights that checkpoint.load_from names, else from nothing."""
+    settings = trainer.config.checkpoint
+    if resumable:
+        return load_newest(trainer, resumable, on_damage=settings.on_damage)
+    if settings.load_from is not None:
+        return load_weights(trainer, run_folder.checkpoint_at(settings.load_from))
+    return None
+
+
+def _hooks(
+    config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenizer | None, saver: CheckpointSaver
+) -> list[Hook]:
     reporter = Reporter(config.monitor.log_interval_steps, monitor.record, monitor.show_step)
     hooks: list[Hook] = [SkipGuard(config.run.max_skipped_steps), reporter]
+    if config.checkpoint.replica_check_interval_steps:  # before the saver: what differs must not be saved
+        hooks.append(ReplicaCheck(config.checkpoint.replica_check_interval_steps))
     if splits.valid is not None and config.run.num_eval_batches:
         run = config.run
         hooks.append(Validator(splits.valid, run.eval_interval_steps, run.num_eval_batches, monitor.record))
     if splits.test is not None and config.run.num_eval_batches:
         hooks.append(FinalTest(splits.test, config.run.num_eval_batches, monitor.record))
     checkpoint = config.checkpoint
-    hooks.append(Saver(config.run.dir, checkpoint.save_interval_steps, checkpoint.save_at_end, monitor.say))
+    hooks.append(Saver(saver, checkpoint.save_interval_steps, checkpoint.save_at_end))
     if tokenizer is not None:
         hooks.append(
             Sampler(tokenizer, config.monitor.sample_prompt or "", config.monitor.num_sample_tokens, monitor.say)
@@ -98,15 +139,19 @@ def _hooks(config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenize
     return [*hooks, MemoryNote(monitor.say), ClockRestart(reporter)]
 
 
-def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits, *, resumed: bool) -> None:
+def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits, loaded: Loaded | None) -> None:
     config, grid = trainer.config, trainer.groups.grid
-    optimizer = config.optimizer
+    optimizer, is_resumed = config.optimizer, loaded is not None and loaded.is_whole
     if (optimizer.name, optimizer.implementation) == ("adamw", "auto") and apex_state() == "unrelated":
         monitor.say("the package apex that is installed is not NVIDIA's: torch's AdamW is used")
     monitor.say(
-        f"{'resumed at' if resumed else 'training from'} step {trainer.step} of {config.run.num_steps} on "
+        f"{'resumed at' if is_resumed else 'training from'} step {trainer.step} of {config.run.num_steps} on "
         f"{grid.world} ranks: tensor {grid.tensor} x data {grid.data} x pipeline {grid.pipeline}, "
         f"experts over {grid.expert}, ZeRO-{config.parallel.zero_stage}, {config.run.precision}, process {os.getpid()}"
     )
+    if loaded is not None:
+        monitor.say(f"{'state' if is_resumed else 'weights'} from {loaded.folder}")
+        for note in loaded.notes:
+            monitor.say(f"  {note}")
     epoch = splits.train.num_samples
     monitor.say(f"{epoch} training sequences of {config.model.seq_length} tokens an epoch; run folder {config.run.dir}")

@@ -13,7 +13,7 @@ from megamoe.training.metrics import MetricsWriter, ProgressBar, format_line
 class WandbSink:
     """Weights & Biases, offline unless asked otherwise; x axis is the step."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, run_id: str | None) -> None:
         import wandb
 
         monitor = config.monitor
@@ -23,7 +23,10 @@ class WandbSink:
             mode=monitor.wandb_mode,
             dir=config.run.dir,
             config=config.model_dump(mode="json"),
+            # A resumed run goes on in the same curves, if the service has them.
+            **({} if run_id is None else {"id": run_id, "resume": "allow"}),
         )
+        self.run_id: str | None = getattr(self._run, "id", None)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._run.log(dict(metrics), step=metrics["step"])
@@ -33,9 +36,10 @@ class WandbSink:
 
 
 class Monitor:
-    """Rank 0's voice. On other ranks every method does nothing."""
+    """Rank 0's voice. On other ranks every method does nothing. `run_id` is the tracking service's name of the run."""
 
-    def __init__(self, config: Config, *, is_first: bool, resume_step: int) -> None:
+    def __init__(self, config: Config, *, is_first: bool, resume_step: int, run_id: str | None = None) -> None:
+        self.run_id = run_id
         self.is_first, self._num_steps = is_first, config.run.num_steps
         self._log = None
         self._tracker: WandbSink | None = None
@@ -46,7 +50,8 @@ class Monitor:
         self._metrics = MetricsWriter(config.run.dir, resume_step=resume_step)
         if config.monitor.wandb_mode != "disabled":
             with self._tracking("not used"):
-                self._tracker = WandbSink(config)
+                self._tracker = WandbSink(config, run_id)
+                self.run_id = self._tracker.run_id
 
     @contextmanager
     def _tracking(self, state: str) -> Iterator[None]:

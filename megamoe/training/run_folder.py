@@ -3,48 +3,80 @@
     config.yaml     the resolved configuration
     log.txt         what was printed
     metrics.jsonl   one JSON object a line
-    checkpoints/    step_00000100/ ..., latest (a text file with the name of the newest complete one)
+    checkpoints/    step_00000100/ ..., latest (a text file with the name of the one in force): `megamoe.checkpoint`
 """
 
 import os
 from pathlib import Path
 
+from megamoe.checkpoint.files import read_small
+from megamoe.checkpoint.folders import LATEST, checkpoint_name, complete_checkpoints, step_of
+from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from megamoe.config.loading import dump_yaml
 from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError, ConfigError
 
-LATEST = "latest"
-_PREFIX = "step_"
-
+__all__ = [
+    "checkpoint_at",
+    "checkpoint_name",
+    "checkpoints_path",
+    "prepare",
+    "resumable_checkpoints",
+    "resumable_manifest",
+    "step_of",
+    "write_atomically",
+]
 
 def checkpoints_path(run_dir: str | os.PathLike[str]) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
-def checkpoint_name(step: int) -> str:
-    return f"{_PREFIX}{step:08d}"
+def resumable_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints of a run: the one in force, which `latest` names, then those before it, newest first.
 
-
-def step_of(name: str) -> int | None:
-    """The step in a checkpoint folder's name; None for any other name."""
-    digits = name.removeprefix(_PREFIX)
-    return int(digits) if name.startswith(_PREFIX) and digits.isdecimal() else None
-
-
-def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a run, or None. Raises CheckpointError if `latest` names none."""
+    Raises CheckpointError if `latest` names none.
+    """
     folder = checkpoints_path(run_dir)
+    found = complete_checkpoints(folder)
     try:
         name = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    if step_of(name) is None or not (folder / name).is_dir():
+        name = None
+    stood_aside = name is not None and any(folder.glob(f".{name}.*.aside"))  # until `recover` has put it back
+    if name is not None and not stood_aside and (step_of(name) is None or not (folder / name).is_dir()):
         raise CheckpointError(
             f'{folder / LATEST} names "{name}", which is no checkpoint beside it: write the name of one of '
             f"{sorted(p.name for p in folder.iterdir() if step_of(p.name) is not None)} into it, or remove it "
             "to start anew"
         )
-    return folder / name
+    return [path for path in found if step_of(path.name) <= step_of(found[0].name)]
+
+
+def resumable_manifest(run_dir: str | os.PathLike[str]) -> tuple[Path, Manifest] | None:
+    """The first of `resumable_checkpoints` whose manifest is whole, with it; None where there is none."""
+    for folder in resumable_checkpoints(run_dir):
+        path = folder / MANIFEST
+        try:
+            return folder, Manifest.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path))
+        except CheckpointError:  # said, and decided about, by the ranks when they load
+            continue
+    return None
+
+
+def checkpoint_at(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that `path` means: its folder itself, or the one in force of the run folder that it is.
+
+    Raises CheckpointError where there is none.
+    """
+    folder = Path(path)
+    if step_of(folder.name) is not None:
+        if folder.is_dir():
+            return folder
+    elif found := resumable_checkpoints(folder):
+        return found[0]
+    raise CheckpointError(
+        f"checkpoint.load_from {folder} holds no checkpoint: use a run folder, or a folder of its checkpoints/"
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:

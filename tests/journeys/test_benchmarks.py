@@ -79,3 +79,12 @@ def test_moe_layer_races_all_contestants_and_judges_every_goal(tmp_path):
     assert goals["largest tensor / S*E*C"]["met"]
     for goal in goals:
         assert re.search(rf"^{re.escape(goal)} .*(met|MISSED)", text, re.MULTILINE), text
+
+
+@pytest.mark.slow
+def test_a_stall_is_set_beside_a_copy():
+    text = benchmark("checkpoint_stall.py", "--mebibytes", "16", "--repeats", "3", "--precision", "bf16")
+    found = re.search(r"state (\d+) MiB \(bf16\): .* still ([\d.]+) ms, one copy .* takes ([\d.]+) ms", text)
+    assert found is not None, text
+    size, stall, copy = map(float, found.groups())
+    assert 10 <= size <= 22 and stall > 0 and copy > 0

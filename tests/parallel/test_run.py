@@ -126,7 +126,8 @@ def test_run_folder_holds_what_is_promised(runs):
     assert (folder / "checkpoints" / "latest").read_text() == "step_00000008\n"
     log = (folder / "log.txt").read_text()
     assert "step 8/8" in log and "sample: once" in log and "valid loss" in log and "saved " in log
-    assert json.loads((folder / "checkpoints" / "step_00000008" / "state.json").read_text())["samples"] == 46
+    manifest = json.loads((folder / "checkpoints" / "step_00000008" / "manifest.json").read_text())
+    assert manifest["state"]["samples"] == 46
 
 
 def test_resumed_run_repeats_nothing_in_its_metrics(runs):

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megamoe.config.schema import Config
 from megamoe.launch.environment import rank_environment
 from megamoe.training.build import Trainer, build_trainer
-from megamoe.training.checkpoint import optimizer_tensors
 from megamoe.training.distributed import initialize_distributed
+from megamoe.training.optimizer_state import create_state
 from megamoe.training.report import LossMeter
 from tests.parity.layouts import ParityLayout
 from tests.parity.ranks import share
@@ -40,6 +40,7 @@ def parallel(**sizes: Any) -> tuple[str, ...]:
         "pp": "pipeline_parallel_size",
         "vp": "virtual_pipeline_parallel_size",
         "ep": "expert_parallel_size",
+        "etp": "expert_tensor_parallel_size",
         "sp": "sequence_parallel",
         "zero": "zero_stage",
         "recompute": "recompute",
@@ -107,8 +108,16 @@ def weights(trainer: Trainer) -> dict[str, np.ndarray]:
 
 
 def optimizer_state(trainer: Trainer) -> dict[str, np.ndarray]:
-    """This rank's optimizer tensors: moments, steps, fp32 master partitions."""
-    return {name: t.numpy().copy() for name, t in optimizer_tensors(trainer).items()}
+    """This rank's optimizer tensors as the optimizer holds them: moments, steps, fp32 masters, padding too."""
+    basic, found = trainer.engine.basic_optimizer, {}
+    create_state(basic)
+    for index, group in enumerate(basic.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if trainer.engine.zero_stage > 0:
+                found[f"{index}.{position}.master"] = parameter.detach()
+            state = basic.state[parameter]
+            found |= {f"{index}.{position}.{name}": value for name, value in state.items() if torch.is_tensor(value)}
+    return {name: value.cpu().numpy().copy() for name, value in found.items()}
 
 
 def assert_same_arrays(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

@@ -113,3 +113,9 @@ def ignores_interrupt(payload: dict) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     note_process(payload)
     time.sleep(60)
+
+
+def ignores_termination(payload: dict) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note_process(payload)
+    time.sleep(60)

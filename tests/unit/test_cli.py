@@ -8,14 +8,19 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megamoe import __version__, cli
+from megamoe.checkpoint.commit import begin, commit
+from megamoe.checkpoint.slices import Slice
+from megamoe.checkpoint.writer import write_rank
 from megamoe.config import load_config
 from megamoe.config.presets import PRESETS
-from megamoe.errors import TrainingStopped
+from megamoe.config.schema import Config
+from megamoe.errors import TrainingInterrupted, TrainingStopped
 from megamoe.launch import local
-from megamoe.training.checkpoint_state import FORMAT
+from megamoe.topology.parameters import param_table
 
 ROOT = Path(__file__).parents[2]
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MEGAMOE_INIT_METHOD")
@@ -201,6 +206,14 @@ def test_an_interrupt_ends_quietly(capsys, monkeypatch):
     assert failure(capsys, *TRAIN) == (130, "")
 
 
+def test_an_obeyed_signal_is_no_error_and_has_a_code_of_its_own(capsys, monkeypatch):
+    def stop(payload):
+        raise TrainingInterrupted("stopped by a signal after step 3")
+
+    fake_training(monkeypatch, stop)
+    assert failure(capsys, *TRAIN) == (75, "megamoe: stopped by a signal after step 3\n")
+
+
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
     def fail(payload):
         raise ZeroDivisionError
@@ -219,19 +232,24 @@ def test_train_starts_local_ranks(monkeypatch):
 
     monkeypatch.setattr(local, "run_local", run_local)
     assert cli.main([*TRAIN[:2], "--local-ranks", "2", *TRAIN[2:]]) == 7
-    options = {"num_ranks": 2, "preload": ("megamoe.training.main",), "timeout_seconds": None}
+    options = {"num_ranks": 2, "preload": ("megamoe.training.main",), "timeout_seconds": None, "grace_seconds": 3.0}
+    options["stop_seconds"] = Config().parallel.timeout_seconds + Config().checkpoint.save_timeout_seconds
     assert calls == [("megamoe.training.main:run_rank", 60, options)]
 
 
 def checkpoint_of(run_dir: Path, step: int) -> None:
-    folder = run_dir / "checkpoints"
-    (folder / f"step_{step:08d}").mkdir(parents=True)
-    (folder / "latest").write_text(f"step_{step:08d}\n", encoding="utf-8")
-    state = {
-        "format": FORMAT, "step": step, "samples": 8 * step, "skipped_steps": 0, "num_ranks": 1, "group_steps": [],
-        "loss_scaler": None, "config": load_config("laptop-dense").model_dump(mode="json"),
-    }  # fmt: skip
-    (folder / f"step_{step:08d}" / "state.json").write_text(json.dumps(state))
+    """A whole checkpoint of the preset, its weights all zero."""
+    root, config = run_dir / "checkpoints", load_config("laptop-dense")
+    partial, slices = begin(root, step, "test-1"), []
+    for parameter in param_table(config.model, config.moe):
+        box = tuple((0, size) for size in parameter.shape)
+        piece = Slice("weight", parameter.name, "F32", parameter.shape, box, 0, parameter.num_elements)
+        slices.append((piece, np.zeros(parameter.num_elements, dtype=np.float32)))
+    write_rank(partial, rank=0, save_id="test-1", step=step, slices=slices)
+    commit(
+        root, partial, num_ranks=1, step=step, save_id="test-1", state={"step": step}, layout={}, keep_last=2,
+        config=config.model_dump(mode="json"), keep_every_steps=None, timeout_seconds=10.0,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("step", [60, 70])
@@ -262,12 +280,21 @@ def test_a_run_with_steps_to_go_is_trained(capsys, monkeypatch, tmp_path, step, 
 def test_the_checkpoint_of_another_model_is_no_complete_run(capsys, monkeypatch, tmp_path):
     fake_training(monkeypatch, lambda payload: pytest.fail("a rank was started"))
     checkpoint_of(tmp_path / "run", 60)
+    checkpoint_of(tmp_path / "run", 60)  # saved again: the older one steps aside
     assert cli.main([*TRAIN, "run.dir=run", "model.num_attention_heads=8"]) == 2
     assert capsys.readouterr().err == (
         "megamoe: error: run/checkpoints/step_00000060 holds another model "
         "(model.num_attention_heads 4 there, 8 here): resume with that model, "
         "choose another run.dir, or set checkpoint.resume false\n"
     )
+
+
+def test_a_run_whose_checkpoint_is_damaged_is_left_to_the_ranks(monkeypatch, tmp_path):
+    payloads = []
+    fake_training(monkeypatch, payloads.append)
+    checkpoint_of(tmp_path / "run", 60)
+    (tmp_path / "run" / "checkpoints" / "step_00000060" / "manifest.json").write_text("{")
+    assert cli.main([*TRAIN, "run.dir=run"]) == 0 and len(payloads) == 1
 
 
 def test_a_latest_that_names_no_checkpoint_is_told_once(capsys, monkeypatch, tmp_path):

@@ -24,10 +24,12 @@ MAY_IMPORT = {
     "launch": {"errors"},
     "topology": {"errors", "config"},
     "data": {"errors", "config"},
+    "checkpoint": {"errors", "config", "topology"},
+    "checkpoint_commands": {"errors", "config", "topology", "checkpoint"},
     "model": {"errors", "config", "topology", "moe"},
     "moe": {"errors", "config", "topology"},
-    "training": {"errors", "config", "topology", "model", "moe", "data", "launch"},
-    "cli": {"errors", "config", "topology", "launch", "training", "data"},
+    "training": {"errors", "config", "topology", "model", "moe", "data", "launch", "checkpoint"},
+    "cli": {"errors", "config", "topology", "launch", "training", "data", "checkpoint", "checkpoint_commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -41,7 +43,7 @@ ENGINE_FILES = {
 }
 
 # Law 5: importing these must not bring torch in, nor anything that imports torch.
-TORCH_FREE = ("cli", "config", "topology", "launch", "data")
+TORCH_FREE = ("cli", "config", "topology", "launch", "data", "checkpoint", "checkpoint_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 

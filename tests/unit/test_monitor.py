@@ -90,6 +90,16 @@ def test_wandb_is_told_the_config_and_every_step(tmp_path, monkeypatch):
     assert run.finished
 
 
+def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path, monkeypatch):
+    calls, run = [], FakeRun()
+    run.id = "abc"
+    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options.get("id")) or run)
+    config = settings(tmp_path, "monitor.wandb_mode=online")
+    first = Monitor(config, is_first=True, resume_step=0)
+    Monitor(config, is_first=True, resume_step=5, run_id=first.run_id)
+    assert calls == [None, "abc"]
+
+
 def test_wandb_offline_leaves_a_run_in_the_runs_folder(tmp_path, quick_wandb):
     monitor = Monitor(settings(tmp_path, "monitor.wandb_mode=offline"), is_first=True, resume_step=0)
     monitor.record({"step": 1, "loss": 0.625})
@@ -127,7 +137,7 @@ def test_a_run_goes_on_when_wandb_fails_and_says_so_once(tmp_path, monkeypatch, 
 
 
 def test_an_interrupt_is_not_taken_for_a_failure_of_wandb(tmp_path, monkeypatch):
-    def interrupt(config):
+    def interrupt(config, run_id):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "WandbSink", interrupt)

@@ -10,10 +10,11 @@ from megamoe.config import load_config
 from megamoe.errors import CheckpointError, ConfigError
 from megamoe.training import run_folder
 from megamoe.training.run_folder import (
+    checkpoint_at,
     checkpoint_name,
     checkpoints_path,
-    latest_checkpoint,
     prepare,
+    resumable_checkpoints,
     step_of,
     write_atomically,
 )
@@ -22,6 +23,7 @@ from megamoe.training.run_folder import (
 def make(run_dir, *steps: int, latest: str | bytes | None) -> None:
     for step in steps:
         (checkpoints_path(run_dir) / checkpoint_name(step)).mkdir(parents=True)
+        (checkpoints_path(run_dir) / checkpoint_name(step) / "manifest.json").write_text("{}")
     if latest is not None:
         checkpoints_path(run_dir).mkdir(parents=True, exist_ok=True)
         (checkpoints_path(run_dir) / "latest").write_bytes(latest if isinstance(latest, bytes) else latest.encode())
@@ -35,18 +37,40 @@ def test_names_and_steps():
         assert step_of(name) is None, name
 
 
-def test_the_newest_is_the_one_that_latest_names(tmp_path):
+def names(run_dir) -> list[str]:
+    return [path.name for path in resumable_checkpoints(run_dir)]
+
+
+def test_the_one_that_latest_names_comes_first_then_those_before_it(tmp_path):
     make(tmp_path, 10, 20, 30, latest="step_00000020\n")
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000020"
-    assert latest_checkpoint(str(tmp_path)) == tmp_path / "checkpoints" / "step_00000020"
+    assert resumable_checkpoints(tmp_path)[0] == tmp_path / "checkpoints" / "step_00000020"
+    assert names(str(tmp_path)) == ["step_00000020", "step_00000010"], "30 is of a run that was taken back"
 
 
-def test_without_latest_there_is_no_checkpoint(tmp_path):
-    assert latest_checkpoint(tmp_path / "nothing") is None
-    make(tmp_path, 10, latest=None)  # the first save was interrupted before it counted
-    assert latest_checkpoint(tmp_path) is None
+def test_what_is_not_complete_does_not_count(tmp_path):
+    assert names(tmp_path / "nothing") == []
+    make(tmp_path, 10, 20, latest=None)
+    (checkpoints_path(tmp_path) / "step_00000020" / "manifest.json").unlink()
+    assert names(tmp_path) == ["step_00000010"]
     (tmp_path / "file").write_text("")
-    assert latest_checkpoint(tmp_path / "file") is None
+    assert names(tmp_path / "file") == []
+
+
+def test_a_checkpoint_that_stood_aside_when_the_run_died_is_no_error(tmp_path):
+    """The ranks put it back (`recover`); until then `latest` names what is not there under its name."""
+    make(tmp_path, 10, 20, latest="step_00000020\n")
+    folder = checkpoints_path(tmp_path) / "step_00000020"
+    folder.rename(folder.with_name(".step_00000020.abc-1.aside"))
+    assert names(tmp_path) == ["step_00000010"]
+
+
+def test_weights_are_looked_for_in_a_run_folder_or_a_checkpoint(tmp_path):
+    make(tmp_path, 10, 20, latest="step_00000010\n")
+    assert checkpoint_at(tmp_path) == checkpoints_path(tmp_path) / "step_00000010"
+    assert checkpoint_at(checkpoints_path(tmp_path) / "step_00000020").name == "step_00000020"
+    for wrong in (tmp_path / "nothing", checkpoints_path(tmp_path) / "step_00000040"):
+        with pytest.raises(CheckpointError, match=rf"checkpoint\.load_from {wrong} holds no checkpoint"):
+            checkpoint_at(wrong)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +87,7 @@ def test_a_latest_that_names_none_says_which_there_are(tmp_path, latest, shown):
     make(tmp_path, 20, 10, latest=latest)
     (checkpoints_path(tmp_path) / ".step_00000030.partial").mkdir()
     with pytest.raises(CheckpointError) as caught:
-        latest_checkpoint(tmp_path)
+        resumable_checkpoints(tmp_path)
     assert str(caught.value) == (
         f'{tmp_path}/checkpoints/latest names "{shown}", which is no checkpoint beside it: write the name of one '
         "of ['step_00000010', 'step_00000020'] into it, or remove it to start anew"

@@ -1,0 +1,95 @@
+"""Files that survive: fsync, replacement as one act, and every OSError as a sentence with what to do."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megamoe.errors import CheckpointError, SaveError
+
+# Bytes are hashed and copied in chunks that stay in a core's cache between the two.
+CHUNK_BYTES = 1 << 20
+
+_ADVICE = {
+    errno.ENOSPC: "free space or choose a run.dir on another disk",
+    errno.EDQUOT: "free space within the quota or choose another run.dir",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) or save from more ranks",
+    errno.EROFS: "mount it writable or choose another run.dir",
+    errno.EACCES: "make it writable or choose another run.dir",
+    errno.EPERM: "make it writable or choose another run.dir",
+    errno.ENOENT: "the folder has vanished: bring it back, or choose another run.dir",
+    errno.ENOTDIR: "a file stands where a folder must be: remove it, or choose another run.dir",
+    errno.ESTALE: "the file system was remounted: start again when it is back",
+}
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turns an OSError in its body into a SaveError that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        culprit = error.filename if error.filename is not None else path
+        advice = _ADVICE.get(error.errno or 0, "check the disk")
+        raise SaveError(
+            f"{os.fsdecode(culprit)} cannot be written ({error.strerror or error}): {advice}; "
+            "earlier checkpoints are whole"
+        ) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that renames in it last."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write every byte: one call may take fewer, and says so only by its result."""
+    while len(data):
+        data = data[os.write(descriptor, data) :]
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading. Raises CheckpointError for a symlink, a pipe, or anything but a plain file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CheckpointError(f"{path} is a symbolic link: a checkpoint holds its own files") from None
+        if error.errno == errno.ENOENT:
+            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete") from None
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is no plain file")
+    return descriptor
+
+
+def read_small(path: Path, limit_bytes: int) -> bytes:
+    """All of a plain file. Raises CheckpointError when it is no plain file, unreadable, or above the limit."""
+    descriptor = open_regular(path)
+    with open(descriptor, "rb") as file:
+        if os.fstat(descriptor).st_size > limit_bytes:
+            raise CheckpointError(f"{path} is larger than any manifest: {os.fstat(descriptor).st_size} bytes")
+        try:
+            return file.read(limit_bytes)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` from byte `offset` on. Raises CheckpointError where the file ends before."""
+    filled = 0
+    while filled < len(buffer):
+        try:
+            count = os.preadv(descriptor, [buffer[filled:]], offset + filled)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read at byte {offset + filled} ({error.strerror})") from None
+        if count == 0:
+            raise CheckpointError(f"{path} ends at byte {offset + filled}: it is truncated")
+        filled += count
