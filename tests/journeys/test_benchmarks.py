@@ -88,3 +88,17 @@ def test_a_stall_is_set_beside_a_copy():
     assert found is not None, text
     size, stall, copy = map(float, found.groups())
     assert 10 <= size <= 22 and stall > 0 and copy > 0
+
+
+def test_checkpoint_compares_like_with_like_and_states_the_peaks():
+    text = benchmark("checkpoint.py", "--size-mb", "24", "--repeats", "2", "--memory-sizes-mb", "24", "48")
+    lines = [line.split("|")[1:] for line in text.splitlines() if re.match(r"\s+\d+ \|", line)]
+    speeds, peaks = [[float(cell) for cell in line] for line in lines if len(line) == 6], text.splitlines()[-2:]
+    assert len(speeds) == 2
+    for saved, written, save_ratio, loaded, read, load_ratio in speeds:
+        assert save_ratio == pytest.approx(saved / written, abs=0.02)
+        assert load_ratio == pytest.approx(loaded / read, abs=0.02)
+    for line, size_mb in zip(peaks, (24, 48), strict=True):
+        state, largest, read, resharded = (float(cell) for cell in line.split("|")[:4])
+        assert 0.7 * size_mb < state < 1.3 * size_mb and largest < state
+        assert 0 < read < 100 and 0 < resharded < 100 and line.endswith("reached")

@@ -90,6 +90,18 @@ def test_without_coverage_a_slice_may_stand_in_for_another(tmp_path, monkeypatch
     assert not same(loaded, tensors)
 
 
+def test_a_read_counts_what_it_fills(folder, monkeypatch):
+    """A guard behind the guard: without the checks of the manifest a hole is still no value."""
+
+    def forge(tree: dict) -> None:
+        next(tensor for tensor in tree["tensors"] if len(tensor["slices"]) > 1)["slices"].pop()
+
+    reseal(folder, forge)
+    monkeypatch.setattr(manifest.Manifest, "check", nothing)
+    with pytest.raises(CheckpointError, match=r"fills .* elements of"):
+        load(folder)
+
+
 def halves(folder: Path) -> bool:
     slices = Checkpoint.open(folder).manifest.tensors["weight", "w"].slices
     return len(slices) == 2 and slices[0].last - slices[0].first == slices[1].last - slices[1].first
