@@ -4,8 +4,8 @@ All contestants share one process, the same tokens, weights and router, and take
 to round, so that a machine that slows down hurts all alike. Ratios are medians over the rounds of one round's ratio.
 Steps beside which other processes computed are repeated while --patience lasts; "others" is what they took of the
 cores during the steps that count. Above a few percent believe the column of best times, or neither; there,
-`--threads 1 --clock cpu` still compares. Fresh gradients of hundreds of MiB cost glibc a page fault for every 4 KiB,
-with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment only the first time.
+`--threads 1 --clock cpu` still compares. Fresh gradients of hundreds of MiB cost a page fault for every 4 KiB; all
+contestants run on huge pages, as ranks of `megamoe train` do (THP_MEM_ALLOC_ENABLE=0 in the environment: without).
 
     python tools/benchmarks/moe_layer.py                                    # everything; bf16 takes long on a CPU
     python tools/benchmarks/moe_layer.py --dtypes fp32 --shapes 4096,64,512,1024,2 --sections speed
@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as megamoe's launcher sets it; read when torch is first used
 
 import moe_layer_competitors as competitors
 import moe_layer_measures as measures
