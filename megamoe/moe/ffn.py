@@ -88,6 +88,9 @@ class _ActivationAndProduct(torch.autograd.Function):
 # Elements of g that pass through the activation in one call: enough to keep the threads busy, few enough to stay in
 # the cache between the two products.
 _BLOCK_ELEMENTS = 1 << 17
+# Elements of g from which all threads work on one block: its products are large enough for that, and blocks side by
+# side would not fit in the cache together.
+_LARGE_BLOCK_ELEMENTS = 1 << 20
 
 
 def expert_by_expert_ffn(
@@ -136,7 +139,7 @@ class _ExpertByExpert(torch.autograd.Function):
                 activation.forward_into(a[rows].to(g.dtype), g)
                 _products(g.split(counts), weights2[experts], ys[experts], biases2[experts])
 
-        share_out(blocks, work, num_threads=_num_threads(blocks))
+        share_out(blocks, work, num_threads=_num_threads(blocks, matrices2.shape[2]))
         ctx.save_for_backward(x, a, weight1, weight2)
         ctx.parameters = weight1, weight2  # saved tensors may come back as other objects, without `.grad`
         ctx.bias_shapes = tuple(None if bias is None else bias.shape for bias in (bias1, bias2))
@@ -168,7 +171,7 @@ class _ExpertByExpert(torch.autograd.Function):
                 _weight_gradients(grad_as, xs[experts], grads1[experts], bias_grads1[experts], adds=adds1)
                 _products(grad_as, weights1[experts], grad_xs[experts])
 
-        share_out(blocks, work, num_threads=_num_threads(blocks))
+        share_out(blocks, work, num_threads=_num_threads(blocks, matrices2.shape[2]))
         return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, None, None
 
 
@@ -196,12 +199,13 @@ def _blocks(rows_per_expert: list[int], ffn: int) -> list[_Block]:
     return sorted(blocks, key=lambda block: -block.num_rows)
 
 
-def _num_threads(blocks: list[_Block]) -> int:
-    """Threads that blocks are shared out to: all of torch's, or 1 where one block alone would keep the rest waiting
-    (then all threads work on each product). Measured by tools/benchmarks/moe_layer.py, docs/benchmarks.md."""
+def _num_threads(blocks: list[_Block], ffn: int) -> int:
+    """Threads that blocks are shared out to: all of torch's, or 1 (then all of them work on each product) where one
+    block is large, or would keep the rest waiting. Measured by tools/benchmarks/moe_layer.py, docs/benchmarks.md."""
     num_threads = torch.get_num_threads()
     largest, total = blocks[0].num_rows, sum(block.num_rows for block in blocks)
-    return num_threads if 2 * num_threads * largest <= total else 1
+    is_shared = largest * ffn < _LARGE_BLOCK_ELEMENTS and 2 * num_threads * largest <= total
+    return num_threads if is_shared else 1
 
 
 def _scratch(blocks: list[_Block], width: int, x: Tensor) -> Tensor:

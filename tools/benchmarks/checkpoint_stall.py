@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 GOAL = 1.2
-HIDDEN = 512
+HIDDEN = 256
 
 
 def settings(mebibytes: int, precision: str):
@@ -25,7 +25,9 @@ def settings(mebibytes: int, precision: str):
     from megamoe.config.schema import Config
 
     expert = 2 * HIDDEN * 4 * HIDDEN + 5 * HIDDEN
-    num_experts = max(1, mebibytes * 2**20 // (14 if precision == "bf16" else 12) // expert)
+    dense = 4 * HIDDEN * HIDDEN + 256 * HIDDEN
+    num_parameters = mebibytes * 2**20 // (14 if precision == "bf16" else 12)
+    num_experts = max(1, round((num_parameters - dense) / expert))
     return Config.model_validate(
         {
             "model": {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 8, "vocab_size": 256,
