@@ -168,7 +168,7 @@ def said_at_start(config) -> list[str]:
     grid = SimpleNamespace(world=1, tensor=1, data=1, pipeline=1, expert=1)
     trainer = SimpleNamespace(config=config, groups=SimpleNamespace(grid=grid), step=0)
     splits = SimpleNamespace(train=SimpleNamespace(num_samples=7))
-    main._say_start(trainer, SimpleNamespace(say=said.append), splits, resumed=False)
+    main._say_start(trainer, SimpleNamespace(say=said.append), splits, loaded=None)
     return said
 
 
