@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.moe.activations import ACTIVATIONS
-from megamoe.moe.ffn import expert_by_expert_ffn, grouped_ffn
-
-ExpertWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # as `expert_by_expert_ffn` takes them
+from megamoe.moe.ffn import ExpertWeights, expert_by_expert_ffn
+from megamoe.moe.grouped_ffn import grouped_ffn, has_grouped_product
 
 
 class StackedExperts(nn.Module):
@@ -52,24 +51,24 @@ class StackedExperts(nn.Module):
         bias2 = self.fc2.bias
         if bias2 is not None and not self.adds_fc2_bias:
             bias2 = bias2 * 0.0  # stays in the graph, so that every rank has a gradient to reduce
-        whole = (self.fc1.weight, self.fc1.bias, self.fc2.weight, bias2)
+        whole = ExpertWeights(self.fc1.weight, self.fc1.bias, self.fc2.weight, bias2)
         if num_chunks == 1:
             return [whole]
         size = self.num_local_experts // num_chunks
         parts = [[None] * num_chunks if tensor is None else tensor.split(size) for tensor in whole]
-        return list(zip(*parts, strict=True))
+        return [ExpertWeights(*part) for part in zip(*parts, strict=True)]
 
     def forward(self, buffer: Tensor, rows_per_expert: list[int], weights: ExpertWeights | None = None) -> Tensor:
         """Apply expert i to its rows_per_expert[i] rows of `buffer` [R, h], which are sorted by expert: [R, h].
 
         `weights` are those of one chunk of experts, from `cut`; None: all.
         """
-        tensors = self.cut(1)[0] if weights is None else weights
-        if buffer.is_cuda:
+        weights = self.cut(1)[0] if weights is None else weights
+        if has_grouped_product(buffer):
             return grouped_ffn(
-                buffer, *tensors, rows_per_expert, self.activation, recompute_activation=self.recompute_activation
+                buffer, weights, rows_per_expert, self.activation, recompute_activation=self.recompute_activation
             )
-        return expert_by_expert_ffn(buffer, *tensors, rows_per_expert, self.activation)
+        return expert_by_expert_ffn(buffer, weights, rows_per_expert, self.activation)
 
 
 class _Stack(nn.Module):

@@ -1,5 +1,7 @@
 """Tokens to experts and back on one rank: equal to a loop over tokens, in values, gradients and memory of the order."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from megamoe.moe.activations import ACTIVATIONS
 from megamoe.moe.dispatch import combine, dispatch
 from megamoe.moe.exchange import Exchange
 from megamoe.moe.experts import StackedExperts
-from megamoe.moe.ffn import grouped_ffn
+from megamoe.moe.grouped_ffn import grouped_ffn, has_grouped_product
 from megamoe.moe.routing import Routing, route
 
 HIDDEN, FFN = 5, 7
@@ -274,21 +276,33 @@ def test_the_grouped_product_of_gpus_is_the_same_function(load, use_bias, gated,
     counts = LOADS[load]
     experts = make_experts(4, gated=gated, use_bias=use_bias, dtype=torch.float32, hidden=16, ffn=8)
     buffer, plain, leaves, seed = plain_experts(experts, counts)
-    y = grouped_ffn(
-        buffer, experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias, counts,
-        experts.activation, recompute_activation=recompute,
-    )  # fmt: skip
+    y = grouped_ffn(buffer, experts.cut(1)[0], counts, experts.activation, recompute_activation=recompute)
     torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-4)
     expected = torch.autograd.grad(plain, leaves, seed)
     for gradient, right in zip(torch.autograd.grad(y, leaves, seed), expected, strict=True):
         torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "capability", "expected"),
+    [
+        (True, torch.bfloat16, (9, 0), True),
+        (True, torch.bfloat16, (8, 0), True),
+        (True, torch.bfloat16, (7, 5), False),
+        (True, torch.float32, (9, 0), False),
+        (False, torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_grouped_products_are_used_where_torch_documents_them(monkeypatch, is_cuda, dtype, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_grouped_product(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=0)) is expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("widen", [False, True])
 def test_16_bit_products_are_the_same_widened_or_not(monkeypatch, dtype, widen):
     """Processors without 16-bit instructions widen an expert's operands; both ways stay within the format."""
-    monkeypatch.setattr("megamoe.moe.ffn._compute_dtype", lambda dtype: torch.float32 if widen else dtype)
+    monkeypatch.setattr("megamoe.moe.ffn._is_slow_on_cpu", lambda dtype: widen)
     counts = LOADS["near even"]
     whole = make_experts(4, dtype=torch.float32, hidden=16, ffn=8)
     rounded = make_experts(4, dtype=dtype, hidden=16, ffn=8)

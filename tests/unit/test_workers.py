@@ -63,34 +63,48 @@ def test_a_fork_starts_threads_of_its_own(two_threads):
 
 
 @pytest.mark.parametrize(
-    ("counts", "large", "expected"),
+    ("counts", "num_threads", "large", "together"),
     [
-        ([2] * 16, 1 << 20, 2),
-        ([20, *[1] * 8], 1 << 20, 1),  # one block would keep the other thread waiting
-        ([2] * 16, 16, 1),  # the blocks are large
+        ([2] * 16, 2, 1 << 20, []),
+        ([2] * 16, 1, 1 << 20, [2] * 16),
+        ([20, *[1] * 8], 2, 1 << 20, [20]),  # it would keep the other thread waiting
+        ([1, 9, 2, 9, *[2] * 12], 2, 72, [9, 9]),  # both are large, the rest is not
+        ([3, 2], 2, 1 << 20, [3, 2]),  # too few to be shared out
+        ([0, 0], 2, 1 << 20, [0]),  # nothing to do: one block
     ],
 )
-def test_which_loads_are_shared_out(monkeypatch, two_threads, counts, large, expected):
+def test_which_blocks_all_threads_work_on(monkeypatch, counts, num_threads, large, together):
     monkeypatch.setattr(ffn, "_BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(ffn, "_LARGE_BLOCK_ELEMENTS", large)
-    assert ffn._num_threads(ffn._blocks(counts, 8), 8) == expected
+    blocks = ffn._blocks(counts, 8)
+    first, rest = ffn._divided(blocks, 8, num_threads)
+    assert [block.num_rows for block in first] == together and first + rest == blocks
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
-def test_threads_change_no_bit(monkeypatch, name):
+def test_threads_change_no_bit(monkeypatch, two_threads, name):
+    """Blocks that two threads take whole, against the same blocks one after another on one thread."""
     monkeypatch.setattr(ffn, "_BLOCK_ELEMENTS", 1)
-    activation, generator = ACTIVATIONS[name], torch.Generator().manual_seed(0)
+    activation, generator = ACTIVATIONS[name], torch.Generator()
     wide = 16 if activation.is_gated else 8
     shapes = ((40, 4), (20, wide, 4), (20, wide), (20, 4, 8), (20, 4))
     counts = [2, 0, *[2] * 18]
     counts[5] += 2
-    results = []
+    results, shared = [], []
+    share_out_truly = ffn.share_out
+
+    def noted(blocks, work, *, num_threads):
+        shared.append(num_threads)
+        share_out_truly(blocks, work, num_threads=num_threads)
+
+    monkeypatch.setattr(ffn, "share_out", noted)
     for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
         generator.manual_seed(0)
         leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-        monkeypatch.setattr(ffn, "_num_threads", lambda blocks, width, n=num_threads: n)
-        y = ffn.expert_by_expert_ffn(*leaves, counts, activation)
+        y = ffn.expert_by_expert_ffn(leaves[0], ffn.ExpertWeights(*leaves[1:]), counts, activation)
         y.square().sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert shared == [1, 1, 1, 2, 1, 2]
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
