@@ -15,7 +15,7 @@ from typing import Any
 
 from megamoe import __version__
 from megamoe.checkpoint import faults
-from megamoe.checkpoint.files import read_small, saving, sync_folder
+from megamoe.checkpoint.files import read_small, replace_file, saving, sync_folder
 from megamoe.checkpoint.folders import (
     LATEST,
     NEXT,
@@ -26,7 +26,6 @@ from megamoe.checkpoint.folders import (
     remove_tree,
     set_latest,
     sweep,
-    write_word,
 )
 from megamoe.checkpoint.manifest import (
     MANIFEST,
@@ -181,15 +180,7 @@ def write_manifest(partial: Path, manifest: Manifest) -> None:
     for file in manifest.files:
         if (partial / file.name).stat().st_size != file.size:
             raise CheckpointError(f"{partial / file.name} has not the {file.size} bytes that its rank wrote")
-    temporary = partial / f".{MANIFEST}.writing"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        faults.reach("manifest-written")
-        os.fsync(file.fileno())
-        faults.reach("manifest-synced")
-    os.rename(temporary, path)
-    faults.reach("manifest-renamed")
+    replace_file(path, data, point="manifest")
     for name in os.listdir(partial):
         if name.startswith(("rank_", ".rank_")):
             os.unlink(partial / name)
@@ -237,7 +228,7 @@ def _gather(
 
 def _put_in_force(root: Path, partial: Path, final: Path, save_id: str) -> None:
     """Give the complete folder its name, then `latest`. OSErrors pass."""
-    write_word(root / NEXT, f"{final.name} {save_id}")
+    replace_file(root / NEXT, f"{final.name} {save_id}\n".encode())
     sync_folder(root)
     sync_folder(root.parent)  # a first save has made `root` itself
     faults.reach("next-renamed")

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megamoe.checkpoint import faults
 from megamoe.errors import CheckpointError, SaveError
 
 # Bytes are hashed and copied in chunks that stay in a core's cache between the two.
 CHUNK_BYTES = 1 << 20
+WRITING = ".writing"  # how the names of files end that are not complete
 
 _ADVICE = {
     errno.ENOSPC: "free space or choose a run.dir on another disk",
@@ -46,6 +48,32 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes, *, point: str | None = None) -> None:
+    """Write a small file as one act: readers see the old or the new content, also after a crash.
+
+    `point` names the fault points on the way: "<point>-written", "<point>-synced", "<point>-renamed".
+    """
+    temporary = temporary_name(path)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        _reach(point, "written")
+        os.fsync(file.fileno())
+        _reach(point, "synced")
+    os.replace(temporary, path)
+    _reach(point, "renamed")
+
+
+def temporary_name(path: Path) -> Path:
+    """What `replace_file` may leave behind when the process dies in it."""
+    return path.with_name(f".{path.name}{WRITING}")
+
+
+def _reach(point: str | None, end: str) -> None:
+    if point is not None:
+        faults.reach(f"{point}-{end}")
 
 
 def write_all(descriptor: int, data: memoryview) -> None:

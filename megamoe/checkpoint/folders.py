@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from megamoe.checkpoint import faults
-from megamoe.checkpoint.files import read_small, saving, sync_folder
+from megamoe.checkpoint.files import read_small, replace_file, saving, sync_folder, temporary_name
 from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from megamoe.checkpoint.strict_json import unseal
 from megamoe.errors import CheckpointError
@@ -90,20 +90,10 @@ def recover(root: Path) -> list[str]:
 
 def set_latest(root: Path, name: str) -> None:
     """Replace `latest` as one act. OSErrors pass."""
-    write_word(root / LATEST, name)
+    replace_file(root / LATEST, f"{name}\n".encode())
     faults.reach("latest-renamed")
     sync_folder(root)
     faults.reach("latest-synced")
-
-
-def write_word(path: Path, text: str) -> None:
-    """Replace a text file of one line as one act: readers see the old or the new content, also after a crash."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="ascii") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def prune(root: Path, *, newest_step: int, save_id: str, keep_last: int, keep_every_steps: int | None) -> None:
@@ -134,9 +124,9 @@ def sweep(root: Path, *, keep: str | None = None) -> None:
         match = _HIDDEN.fullmatch(name)
         if match and name != keep and (match[3] != "aside" or (root / match[1]).exists()):
             remove_tree(root / name)
-    for leftover in (f"{LATEST}.partial", f"{NEXT}.partial"):
+    for name in (LATEST, NEXT):
         with contextlib.suppress(OSError):
-            (root / leftover).unlink(missing_ok=True)
+            temporary_name(root / name).unlink(missing_ok=True)
     faults.reach("swept")
 
 

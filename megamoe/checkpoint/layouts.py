@@ -17,8 +17,11 @@ _SMALLEST_SHARE = 4096  # elements: below it one of the copies writes all
 Holders = dict[str, dict[Box, list[int]]]  # parameter name -> its parts -> the ranks that hold each, ascending
 
 
-def layout_sizes(config: Config, num_ranks: int) -> dict[str, int]:
-    """The grid's sizes as a manifest's "layout" has them. Raises TopologyError or ConfigError where they do not fit."""
+def layout_of(config: Config, num_ranks: int) -> dict[str, Any]:
+    """What decides which rank holds which slices and draws which random numbers, as a manifest's "layout" has it.
+
+    The kind of device is the writer's to add. Raises TopologyError or ConfigError where the sizes do not fit.
+    """
     grid = Grid.from_config(config.parallel, num_ranks)
     return {
         "num_ranks": num_ranks,
@@ -29,7 +32,9 @@ def layout_sizes(config: Config, num_ranks: int) -> dict[str, int]:
         "expert": grid.expert,
         "expert_tensor": grid.expert_tensor,
         "expert_data": grid.expert_data,
+        "sequence_parallel": config.parallel.sequence_parallel,
         "zero_stage": config.parallel.zero_stage,
+        "precision": config.run.precision,
     }
 
 
@@ -97,5 +102,6 @@ def _parameters_of_stage(table: Iterable[Parameter], config: Config, grid: Grid,
 
 
 def same_streams(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether random states of one layout mean the same under the other: all but the ZeRO stage is equal."""
-    return all(one.get(key) == other.get(key) for key in one.keys() | other.keys() if key != "zero_stage")
+    """Whether random states of one layout mean the same under the other: all but ZeRO stage and precision is equal."""
+    keys = (one.keys() | other.keys()) - {"zero_stage", "precision"}
+    return all(one.get(key) == other.get(key) for key in keys)

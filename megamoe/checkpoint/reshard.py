@@ -9,9 +9,9 @@ import xxhash
 
 from megamoe.checkpoint import manifest as manifests
 from megamoe.checkpoint.commit import merge, read_part, write_manifest
-from megamoe.checkpoint.files import saving, sync_folder
+from megamoe.checkpoint.files import WRITING, saving, sync_folder
 from megamoe.checkpoint.folders import remove_tree
-from megamoe.checkpoint.layouts import holders, layout_sizes, same_streams, slices_by_rank
+from megamoe.checkpoint.layouts import holders, layout_of, same_streams, slices_by_rank
 from megamoe.checkpoint.manifest import TensorEntry
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.checkpoint.slices import STORAGE, Slice
@@ -44,9 +44,7 @@ def reshard(
     _check_places(source, out)
     with Checkpoint.open(source) as checkpoint:
         old = checkpoint.manifest
-        layout = old.layout | layout_sizes(config, num_ranks)
-        if "sequence_parallel" in layout:
-            layout["sequence_parallel"] = config.parallel.sequence_parallel
+        layout = old.layout | layout_of(config, num_ranks)
         entries = _chosen(checkpoint, weights_only, same_streams(old.layout, layout))
         by_rank = slices_by_rank(entries, holders(config, num_ranks), num_ranks)
         plan = dumps([old.checksum, layout, weights_only, manifests.BLOCK_BYTES])
@@ -100,7 +98,7 @@ def _remove_others(partial: Path, out: Path) -> None:
             remove_tree(out.parent / name)
     if partial.is_dir():
         for name in os.listdir(partial):
-            if name.endswith(".writing") or name == manifests.MANIFEST:
+            if name.endswith(WRITING) or name == manifests.MANIFEST:
                 os.unlink(partial / name)
 
 

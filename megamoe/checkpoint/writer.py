@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from megamoe.checkpoint import faults, manifest
-from megamoe.checkpoint.files import CHUNK_BYTES, saving, sync_folder, write_all
+from megamoe.checkpoint.files import CHUNK_BYTES, replace_file, saving, sync_folder, write_all
 from megamoe.checkpoint.manifest import FileEntry, Part, StoredSlice, TensorEntry
 from megamoe.checkpoint.slices import STORAGE, Slice
 from megamoe.checkpoint.strict_json import checksum
@@ -67,7 +67,7 @@ def write_streams(save: Save, sources: Sequence[tuple[Slice, Blocks]]) -> None:
     block_bytes = manifest.BLOCK_BYTES
     part = Part(save.rank, save.save_id, save.step, block_bytes, tuple(files), tuple(entries.values()))
     with saving(save.partial):
-        _write_part(save.partial / part_name(save.rank), part.to_bytes())
+        replace_file(save.partial / part_name(save.rank), part.to_bytes(), point="part")
         sync_folder(save.partial)
         faults.reach("part-folder-synced")
 
@@ -151,15 +151,3 @@ def _header(save: Save, kind: str, pieces: Sequence[Slice]) -> bytes:
     text = json.dumps(tree, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_part(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        faults.reach("part-written")
-        os.fsync(file.fileno())
-        faults.reach("part-synced")
-    os.rename(temporary, path)
-    faults.reach("part-renamed")

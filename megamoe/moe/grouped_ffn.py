@@ -11,8 +11,10 @@ from megamoe.moe.ffn import ExpertWeights
 
 
 def has_grouped_product(x: Tensor) -> bool:
-    """Whether torch documents its grouped product for rows like `x`: bf16, on a GPU of compute capability 8 or more."""
-    return x.is_cuda and x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    """Whether torch has its grouped product and documents it for rows like `x`: bf16, compute capability 8 or more."""
+    if not hasattr(F, "grouped_mm") or not x.is_cuda or x.dtype is not torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def grouped_ffn(

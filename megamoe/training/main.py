@@ -103,7 +103,7 @@ def _checkpoints_to_resume(config: Config, *, is_first: bool, device: torch.devi
     count = torch.tensor(len(steps), dtype=torch.int64, device=device)
     dist.broadcast(count, src=0)
     chosen = torch.tensor(steps or [0] * int(count), dtype=torch.int64, device=device)
-    if steps or int(count):
+    if int(count):
         dist.broadcast(chosen, src=0)
     return [root / run_folder.checkpoint_name(step) for step in chosen.tolist()]
 

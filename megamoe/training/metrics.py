@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from megamoe.checkpoint.files import replace_file
+
 METRICS_FILE = "metrics.jsonl"
 NONFINITE_KEY = "nonfinite"  # a line's keys whose value was NaN or infinite: JSON has no such numbers
 BAR_WIDTH = 24
@@ -64,12 +66,7 @@ def keep_steps(path: Path, last_step: int) -> None:
         return
     kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= last_step]
     text = "".join(f"{line}\n" for line in kept) if last_step > 0 else ""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_file(path, text.encode())
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -5,8 +5,6 @@ A fingerprint is the sum of a tensor's bit patterns, each times an odd number th
 Of two tensors that differ in one element, or in one bit, it always differs.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.checkpoint.manifest import config_hash
 from megamoe.errors import TrainingStopped
 from megamoe.model.naming import LocalParameter
 from megamoe.training.agreement import extremes, first_message
@@ -57,8 +56,7 @@ def check_replicas(trainer: "Trainer") -> None:
 
 def _difference_in_run(trainer: "Trainer") -> str | None:
     """Step and configuration, over all ranks."""
-    config = json.dumps(trainer.config.model_dump(mode="json"), sort_keys=True)
-    digest = int.from_bytes(hashlib.blake2b(config.encode(), digest_size=8).digest(), "little", signed=True)
+    digest = int(config_hash(trainer.config.model_dump(mode="json"))[:15], 16)  # 60 bits: a whole number of the device
     values = torch.tensor([trainer.step, trainer.samples, digest], dtype=torch.int64, device=trainer.schedule.device)
     smallest, largest = extremes(values, trainer.groups.world)
     if torch.equal(smallest, largest):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.checkpoint.layouts import same_streams
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.checkpoint.slices import STORAGE, Slice
 from megamoe.errors import CheckpointError
@@ -23,7 +24,7 @@ from megamoe.training.agreement import first_message
 from megamoe.training.checkpoint_state import changed_settings, check_same_model
 from megamoe.training.host_copy import as_bytes
 from megamoe.training.optimizer_state import set_num_optimizer_steps
-from megamoe.training.saving import layout_of
+from megamoe.training.saving import layout_here
 from megamoe.training.state import (
     BALANCE_BIAS,
     DTYPE_NAMES,
@@ -235,8 +236,7 @@ def _restore_scaler(trainer: "Trainer", stored: dict[str, Any] | None) -> list[s
 
 def _restore_random(trainer: "Trainer", checkpoint: Checkpoint) -> list[str]:
     """This rank's random states, where the ranks are folded as they were; else streams by seed and step."""
-    here, there = layout_of(trainer), checkpoint.manifest.layout
-    is_same = all(here[key] == there.get(key) for key in here if key not in ("zero_stage", "precision"))
+    is_same = same_streams(layout_here(trainer), checkpoint.manifest.layout)
     states: dict[str, Tensor] = {}
     if is_same:
         _together(trainer, lambda: states.update(_read_random(checkpoint, dist.get_rank())))

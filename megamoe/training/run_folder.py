@@ -9,7 +9,7 @@
 import os
 from pathlib import Path
 
-from megamoe.checkpoint.files import read_small
+from megamoe.checkpoint.files import read_small, replace_file
 from megamoe.checkpoint.folders import LATEST, checkpoint_name, complete_checkpoints, step_of
 from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from megamoe.config.loading import dump_yaml
@@ -24,8 +24,8 @@ __all__ = [
     "resumable_checkpoints",
     "resumable_manifest",
     "step_of",
-    "write_atomically",
 ]
+
 
 def checkpoints_path(run_dir: str | os.PathLike[str]) -> Path:
     return Path(run_dir) / "checkpoints"
@@ -79,22 +79,12 @@ def checkpoint_at(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file as one act: readers see the old or the new content, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def prepare(config: Config) -> None:
     """Make the run's folder and write the resolved configuration into it. Raises ConfigError where that cannot be."""
     folder = Path(config.run.dir)
     try:
         checkpoints_path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", dump_yaml(config))
+        replace_file(folder / "config.yaml", dump_yaml(config).encode())
     except OSError as error:
         raise ConfigError(
             f"run.dir {folder} cannot be written ({error.strerror}): choose a folder that can be made or written to"

@@ -16,6 +16,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megamoe.checkpoint.commit import begin, commit, report_failure
+from megamoe.checkpoint.layouts import layout_of
 from megamoe.checkpoint.slices import Slice
 from megamoe.checkpoint.writer import write_rank
 from megamoe.errors import CheckpointError, MegamoeError
@@ -190,32 +191,17 @@ class CheckpointSaver:
 
 def commit_details(trainer: "Trainer") -> dict[str, Any]:
     """What rank 0 writes into the manifest besides the tensors."""
-    grid = trainer.groups.grid
     return {
-        "num_ranks": grid.world,
+        "num_ranks": trainer.groups.grid.world,
         "state": trainer_state(trainer),
         "config": trainer.config.model_dump(mode="json"),
-        "layout": layout_of(trainer),
+        "layout": layout_here(trainer),
     }
 
 
-def layout_of(trainer: "Trainer") -> dict[str, Any]:
-    """Grid sizes and what else decides which rank draws which random numbers and holds which slices."""
-    grid, parallel = trainer.groups.grid, trainer.config.parallel
-    return {
-        "num_ranks": grid.world,
-        "tensor": grid.tensor,
-        "pipeline": grid.pipeline,
-        "virtual_pipeline": parallel.virtual_pipeline_parallel_size,
-        "data": grid.data,
-        "expert": grid.expert,
-        "expert_tensor": grid.expert_tensor,
-        "expert_data": grid.expert_data,
-        "sequence_parallel": parallel.sequence_parallel,
-        "zero_stage": parallel.zero_stage,
-        "precision": trainer.config.run.precision,
-        "device": trainer.schedule.device.type,
-    }
+def layout_here(trainer: "Trainer") -> dict[str, Any]:
+    """The layout of this run as its checkpoints tell it."""
+    return layout_of(trainer.config, trainer.groups.grid.world) | {"device": trainer.schedule.device.type}
 
 
 def trainer_state(trainer: "Trainer") -> dict[str, Any]:

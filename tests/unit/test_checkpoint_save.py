@@ -15,6 +15,7 @@ import pytest
 
 from megamoe.checkpoint import faults
 from megamoe.checkpoint.commit import begin, commit, report_failure
+from megamoe.checkpoint.files import replace_file
 from megamoe.checkpoint.folders import complete_checkpoints, recover
 from megamoe.checkpoint.manifest import MANIFEST
 from megamoe.checkpoint.reader import Checkpoint
@@ -321,3 +322,20 @@ def test_the_table_of_refusals():
     if not ROWS:
         pytest.skip("the tests that fill the table were not selected")
     print_table(f"Saves that the disk or a rank refused; older checkpoints recovered exactly (seed {SEED})", ROWS)
+
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    replace_file(path, b"old")
+    replace_file(path, "new é".encode())
+    assert path.read_text(encoding="utf-8") == "new é"
+    assert os.listdir(tmp_path) == ["latest"]
+
+    def crash(source, target):
+        assert path.read_text(encoding="utf-8") == "new é", "until the new content is complete"
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(InterruptedError):
+        replace_file(path, b"newer")
+    assert path.read_text(encoding="utf-8") == "new é"

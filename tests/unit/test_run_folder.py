@@ -8,7 +8,6 @@ import pytest
 
 from megamoe.config import load_config
 from megamoe.errors import CheckpointError, ConfigError
-from megamoe.training import run_folder
 from megamoe.training.run_folder import (
     checkpoint_at,
     checkpoint_name,
@@ -16,7 +15,6 @@ from megamoe.training.run_folder import (
     prepare,
     resumable_checkpoints,
     step_of,
-    write_atomically,
 )
 
 
@@ -92,23 +90,6 @@ def test_a_latest_that_names_none_says_which_there_are(tmp_path, latest, shown):
         f'{tmp_path}/checkpoints/latest names "{shown}", which is no checkpoint beside it: write the name of one '
         "of ['step_00000010', 'step_00000020'] into it, or remove it to start anew"
     )
-
-
-def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "latest"
-    write_atomically(path, "old")
-    write_atomically(path, "new é")
-    assert path.read_text(encoding="utf-8") == "new é"
-    assert os.listdir(tmp_path) == ["latest"]
-
-    def crash(source, target):
-        assert path.read_text(encoding="utf-8") == "new é", "until the new content is complete"
-        raise InterruptedError
-
-    monkeypatch.setattr(run_folder.os, "replace", crash)
-    with pytest.raises(InterruptedError):
-        write_atomically(path, "newer")
-    assert path.read_text(encoding="utf-8") == "new é"
 
 
 def test_a_prepared_folder_holds_the_resolved_config(tmp_path):
