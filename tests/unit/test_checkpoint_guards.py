@@ -187,13 +187,17 @@ def test_without_the_rename_at_the_end_a_death_takes_the_older_save_with_it(tmp_
     assert outcome(tmp_path / "without") == "lost"
 
 
+def two_saves_and_a_death(folder, scenario: str, point: str) -> None:
+    """Steps 1 and 2 in folder/root, then a third save that dies at a fault point."""
+    root, third = folder / "root", SCENARIOS[scenario]
+    for step in (1, 2):
+        save(root, step, crash_tensors(step), seed=step)
+    run_and_die(third, root, die_at(points_of(third, root, folder / "dry").index(point)))
+
+
 def test_without_recovery_a_death_between_the_renames_hides_the_newest(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", nothing)
-    scenario = SCENARIOS["the same step again"]
-    for step in (1, 2):
-        save(tmp_path / "root", step, crash_tensors(step), seed=step)
-    dying = points_of(scenario, tmp_path / "root", tmp_path / "dry").index("aside-renamed")
-    run_and_die(scenario, tmp_path / "root", die_at(dying))
+    two_saves_and_a_death(tmp_path, "the same step again", "aside-renamed")
     assert complete_checkpoints(tmp_path / "root")[0].name == checkpoint_name(1)
     assert recover(tmp_path / "root") == [
         "step_00000002 was being saved again when the run died: the older one is back"
@@ -203,11 +207,7 @@ def test_without_recovery_a_death_between_the_renames_hides_the_newest(tmp_path,
 
 def test_without_the_announcement_a_complete_save_is_not_the_latest(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", nothing)
-    scenario = SCENARIOS["a new step"]
-    for step in (1, 2):
-        save(tmp_path / "root", step, crash_tensors(step), seed=step)
-    dying = points_of(scenario, tmp_path / "root", tmp_path / "dry").index("folder-renamed")
-    run_and_die(scenario, tmp_path / "root", die_at(dying))
+    two_saves_and_a_death(tmp_path, "a new step", "folder-renamed")
     shutil.copytree(tmp_path / "root", tmp_path / "silent")
     (tmp_path / "silent" / folders.NEXT).unlink()
     for name, newest in (("root", 3), ("silent", 2)):
