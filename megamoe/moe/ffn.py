@@ -8,7 +8,6 @@ x and a are kept for the backward pass, which makes g again: keeping it, too, wo
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from megamoe.moe.activations import Activation
 from megamoe.moe.gradient_memory import gradient_memory
+from megamoe.moe.precision import compute_dtype
 from megamoe.moe.workers import share_out
 
 
@@ -166,7 +166,7 @@ class _Scratch:
     def for_rows(self, num_rows: int) -> tuple[Tensor, ...]:
         """One tensor [num_rows, width] for each width."""
         if not self._memory:
-            dtype = _compute_dtype(self._x)
+            dtype = compute_dtype(self._x)
             self._memory = tuple(self._x.new_empty((num_rows, width), dtype=dtype) for width in self._widths)
         return tuple(memory[:num_rows] for memory in self._memory)
 
@@ -213,7 +213,7 @@ def _weight_gradients(
 
 def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """Write a @ b (+ bias, a row) into `out`."""
-    wide = _compute_dtype(out)
+    wide = compute_dtype(out)
     if not a.dtype is b.dtype is out.dtype is wide:
         product = torch.mm(a.to(wide), b.to(wide))
         out.copy_(product if bias is None else product.add_(bias))
@@ -221,18 +221,3 @@ def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.mm(a, b, out=out)
     else:
         torch.addmm(bias, a, b, out=out)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What products of tensors like `x` are computed in: fp32 for 16-bit types that this processor has no instructions
-    for, as widening one expert's operands is far faster there."""
-    return torch.float32 if x.device.type == "cpu" and _is_slow_on_cpu(x.dtype) else x.dtype
-
-
-@cache
-def _is_slow_on_cpu(dtype: torch.dtype) -> bool:
-    if dtype is torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype is torch.float16:
-        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return False

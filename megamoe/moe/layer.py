@@ -27,6 +27,7 @@ from megamoe.moe.dispatch import combine, dispatch
 from megamoe.moe.exchange import Exchange
 from megamoe.moe.experts import StackedExperts
 from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share, z_loss
+from megamoe.moe.precision import compute_dtype
 from megamoe.moe.routers import JITTER_STATE, build_router
 from megamoe.moe.routing import Normalization, Routing, expert_capacity, settle
 from megamoe.moe.shared import SharedExpert
@@ -95,13 +96,14 @@ class Router(nn.Module):
         self.input_jitter = context.config.input_jitter
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [S, h] -> logits [S, E] fp32. The product runs in the model's dtype, as in Artetxe et al.'s code."""
+        """x [S, h] -> logits [S, E] fp32. The product is one of the model's dtype, as in Artetxe et al.'s code."""
         if self.input_jitter > 0.0 and self.training:
             with get_cuda_rng_tracker().fork(JITTER_STATE):
                 factor = torch.empty(x.shape, dtype=torch.float32, device=x.device)
                 factor.uniform_(1.0 - self.input_jitter, 1.0 + self.input_jitter)
             x = (x.float() * factor).to(x.dtype)
-        return nn.functional.linear(x, self.weight).float()
+        wide = compute_dtype(x)
+        return nn.functional.linear(x.to(wide), self.weight.to(wide)).to(x.dtype).float()
 
 
 class MoELayer(DeepSpeedMoE):

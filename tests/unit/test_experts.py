@@ -82,7 +82,7 @@ def test_grouped_products_are_used_where_torch_documents_them(monkeypatch, is_cu
 @pytest.mark.parametrize("widen", [False, True])
 def test_16_bit_products_are_the_same_widened_or_not(monkeypatch, dtype, widen):
     """Processors without 16-bit instructions widen an expert's operands; both ways stay within the format."""
-    monkeypatch.setattr("megamoe.moe.ffn._is_slow_on_cpu", lambda dtype: widen)
+    monkeypatch.setattr("megamoe.moe.precision._is_slow_on_cpu", lambda dtype: widen)
     counts = LOADS["near even"]
     whole = make_experts(4, dtype=torch.float32, hidden=16, ffn=8)
     rounded = make_experts(4, dtype=dtype, hidden=16, ffn=8)
