@@ -1,14 +1,12 @@
 """The FFN of stacked experts: equal to plain linear maps, on CPU products and on grouped ones, gradients in place."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.moe.activations import ACTIVATIONS
 from megamoe.moe.experts import StackedExperts
-from megamoe.moe.grouped_ffn import grouped_ffn, has_grouped_product
+from megamoe.moe.grouped_ffn import grouped_ffn
 from tests.unit.expert_cases import HIDDEN, apply_expert, make_experts
 
 LOADS = {
@@ -61,21 +59,6 @@ def test_the_grouped_product_of_gpus_is_the_same_function(load, use_bias, gated,
     expected = torch.autograd.grad(plain, leaves, seed)
     for gradient, right in zip(torch.autograd.grad(y, leaves, seed), expected, strict=True):
         torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("is_cuda", "dtype", "capability", "expected"),
-    [
-        (True, torch.bfloat16, (9, 0), True),
-        (True, torch.bfloat16, (8, 0), True),
-        (True, torch.bfloat16, (7, 5), False),
-        (True, torch.float32, (9, 0), False),
-        (False, torch.bfloat16, (9, 0), False),
-    ],
-)
-def test_grouped_products_are_used_where_torch_documents_them(monkeypatch, is_cuda, dtype, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_grouped_product(SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=0)) is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
