@@ -90,6 +90,7 @@ def test_a_stall_is_set_beside_a_copy():
     assert 10 <= size <= 22 and stall > 0 and copy > 0
 
 
+@pytest.mark.slow
 def test_checkpoint_compares_like_with_like_and_states_the_peaks():
     text = benchmark("checkpoint.py", "--size-mb", "24", "--repeats", "2", "--memory-sizes-mb", "24", "48")
     lines = [line.split("|")[1:] for line in text.splitlines() if re.match(r"\s+\d+ \|", line)]

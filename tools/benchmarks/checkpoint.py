@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from megamoe.checkpoint.commit import begin, commit
-from megamoe.checkpoint.layouts import holders, layout_sizes, slices_by_rank
+from megamoe.checkpoint.layouts import holders, layout_of, slices_by_rank
 from megamoe.checkpoint.manifest import TensorEntry
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.checkpoint.slices import Slice
@@ -75,7 +75,7 @@ def save(root: Path, step: int, config: Config, slices: Sequence[tuple[Slice, np
     write_rank(partial, rank=0, save_id=save_id, step=step, slices=slices)
     return commit(
         root, partial, num_ranks=1, step=step, save_id=save_id, state={}, config=config.model_dump(mode="json"),
-        layout=layout_sizes(config, 1), keep_last=1000, keep_every_steps=None, timeout_seconds=60.0,
+        layout=layout_of(config, 1), keep_last=1000, keep_every_steps=None, timeout_seconds=60.0,
     )  # fmt: skip
 
 
