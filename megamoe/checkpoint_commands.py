@@ -1,43 +1,21 @@
 """`megamoe checkpoint inspect | verify | diff | reshard`: arguments, output and exit codes. No torch.
 
-Exit codes: 0 whole or equal, 1 damaged or different, 2 usage. Numbers and JSON go to stdout, progress to a terminal.
+Exit codes: 0 whole or equal, 1 damaged or different, 2 usage. Numbers and JSON go to stdout, progress to stderr.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from megamoe.errors import CheckpointError, ConfigError, SaveError
+from megamoe.progress import ByteProgress
 
 DAMAGED_OR_DIFFERENT = 1
+_LONGEST_VALUE = 80  # characters of a value that is shown among others
 _PATH_HELP = "a checkpoint's folder, or a run's: then its newest checkpoint"
-
-
-class Progress:
-    """A line on a terminal that rewrites itself: bytes done of bytes in all. Elsewhere nothing."""
-
-    def __init__(self, what: str, total_bytes: int) -> None:
-        self._what, self._total_bytes, self._done_bytes = what, max(total_bytes, 1), 0
-        self._started = self._printed = time.monotonic()
-        self._is_shown = False
-
-    def add(self, num_bytes: int) -> None:
-        self._done_bytes += num_bytes
-        now = time.monotonic()
-        if not sys.stderr.isatty() or now - self._printed < 0.2:
-            return
-        self._printed, self._is_shown = now, True
-        rate = self._done_bytes / (now - self._started)
-        text = f"{self._what} {100 * self._done_bytes / self._total_bytes:3.0f}%  {rate / 1e6:.0f} MB/s"
-        print(f"\r{text:<60}", end="", file=sys.stderr, flush=True)
-
-    def finish(self) -> None:
-        if self._is_shown:
-            print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)
 
 
 def add_checkpoint_commands(commands: Any) -> None:
@@ -113,7 +91,7 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"{shown['folder']}: step {shown['step']}, save {shown['save_id']}")
     print(f"{shown['num_files']} files, {shown['num_bytes']:,} bytes")
     for title in ("layout", "state", "versions"):
-        print(f"{title:<9} " + ", ".join(f"{key} {value}" for key, value in shown[title].items()))
+        print(f"{title:<9} " + ", ".join(f"{key} {_short(value)}" for key, value in shown[title].items()))
     print(f"{'kind':<16}{'tensors':>9}{'slices':>9}{'elements':>22}{'bytes':>22}  dtype")
     for kind, row in shown["kinds"].items():
         counts = f"{row['num_tensors']:>9,}{row['num_slices']:>9,}{row['num_elements']:>22,}{row['num_bytes']:>22,}"
@@ -123,6 +101,12 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _short(value: Any) -> str:
+    """What fits on a line: of long lists and objects, such as the guard's losses, how long they are."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE or not isinstance(value, list | dict) else f"{len(value)} entries"
+
+
 def _verify(options: argparse.Namespace) -> int:
     from megamoe.checkpoint.reader import Checkpoint
 
@@ -130,7 +114,7 @@ def _verify(options: argparse.Namespace) -> int:
     with Checkpoint.open(folder) as checkpoint:
         manifest = checkpoint.manifest
         num_bytes = sum(file.size for file in manifest.files)
-        progress = Progress("verifying", num_bytes)
+        progress = ByteProgress("verifying", num_bytes)
         try:
             checkpoint.verify(progress=progress.add)
         finally:
@@ -149,7 +133,7 @@ def _diff(options: argparse.Namespace) -> int:
 
     paths = resolve_checkpoint(options.path), resolve_checkpoint(options.other)
     with Checkpoint.open(paths[0]) as one, Checkpoint.open(paths[1]) as other:
-        progress = Progress("comparing", sum(file.size for file in one.manifest.files))
+        progress = ByteProgress("comparing", sum(file.size for file in one.manifest.files))
         try:
             found = list(differences(one, other, kinds=tuple(options.kind), progress=progress.add))
         finally:
@@ -170,7 +154,7 @@ def _diff(options: argparse.Namespace) -> int:
         print(f"{difference.kind} {difference.name}: {what}")
     for title, pairs in (("config", settings), ("state", state)):
         for key, a, b in pairs:
-            print(f"{title} {key}: {a} there, {b} here")
+            print(f"{title} {key}: {_short(a)} there, {_short(b)} here")
     print(f"{len(found)} tensors differ" if found else "all tensors are equal to the bit")
     return code
 
@@ -192,7 +176,7 @@ def _reshard(options: argparse.Namespace) -> int:
         total_bytes = num_bytes_to_write(checkpoint, weights_only=options.weights_only)
     if type(num_ranks) is not int:
         raise ConfigError(f"{source} does not say how many ranks it is of: give --ranks")
-    progress = Progress("writing", total_bytes)
+    progress = ByteProgress("writing", total_bytes)
     try:
         reshard(
             source, options.out, config=config, num_ranks=num_ranks, weights_only=options.weights_only,

@@ -57,6 +57,14 @@ def begin(root: Path, step: int, save_id: str) -> Path:
     return partial
 
 
+def fresh_state() -> dict[str, Any]:
+    """What a checkpoint says beside its tensors where no step was taken: that of weights alone."""
+    return {
+        "step": 0, "samples": 0, "tokens": 0, "skipped_steps": 0, "optimizer_steps": 0, "guard": None,
+        "loss_scaler": None, "monitoring_run_id": None,
+    }  # fmt: skip
+
+
 def report_failure(partial: Path, rank: int, message: str) -> None:
     """Tell `commit` that this rank cannot write its part. Never raises: on a full disk an empty report is left."""
     try:

@@ -3,7 +3,8 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megamoe.errors import CheckpointError, SaveError
 # Bytes are hashed and copied in chunks that stay in a core's cache between the two.
 CHUNK_BYTES = 1 << 20
 WRITING = ".writing"  # how the names of files end that are not complete
+_MAX_OPEN_FILES = 32
 
 _ADVICE = {
     errno.ENOSPC: "free space or choose a run.dir on another disk",
@@ -96,6 +98,31 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise CheckpointError(f"{path} is no plain file")
     return descriptor
+
+
+class OpenFiles:
+    """Files opened for reading when they are first asked for; those used last stay open. For one thread."""
+
+    def __init__(self, opens: Callable[[Path], int] = open_regular) -> None:
+        self._opens = opens
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+
+    def descriptor(self, path: Path) -> int:
+        """Raises what `opens` does."""
+        if path in self._descriptors:
+            self._descriptors.move_to_end(path)
+            return self._descriptors[path]
+        if len(self._descriptors) >= _MAX_OPEN_FILES:
+            os.close(self._descriptors.popitem(last=False)[1])
+        descriptor = self._opens(path)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
+        self._descriptors[path] = descriptor
+        return descriptor
+
+    def close(self) -> None:
+        """Reading opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
 
 def read_small(path: Path, limit_bytes: int) -> bytes:

@@ -4,9 +4,11 @@ Reading is strict: what parses here is whole, consistent in itself, and points n
 format is described in docs/checkpoints.md.
 """
 
+import gc
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +18,8 @@ import xxhash
 
 from megamoe.checkpoint import strict_json
 from megamoe.checkpoint.coverage import check_coverage
-from megamoe.checkpoint.slices import MAX_BYTES, PARAMETER_KINDS, STORAGE, Box, Slice, check_shape
+from megamoe.checkpoint.slices import MAX_BYTES, PARAMETER_KINDS, STORAGE, Slice, check_shape
+from megamoe.checkpoint.stored_slices import FileEntry, SliceReader, StoredSlice, check_hex, check_integer
 from megamoe.errors import CheckpointError
 
 FORMAT, VERSION = "megamoe-checkpoint", 1
@@ -29,33 +32,10 @@ _FILE_NAME = re.compile(r"[a-z0-9_]{1,64}_rank_[0-9]{5,9}\.safetensors")
 _SAVE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _NAME = re.compile(r"[A-Za-z0-9_.\-/]{1,512}")
-_HEX = re.compile(r"[0-9a-f]{16}")
 _KEYS = (
     "format", "version", "save_id", "step", "block_bytes", "layout", "config", "config_hash", "versions", "state",
     "parameters", "files", "tensors",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One tensor file: a plain name, its size, and the bytes and checksum of its safetensors header."""
-
-    name: str
-    size: int
-    header_bytes: int  # 8 bytes of length and the header itself: where the tensors begin
-    header_checksum: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSlice:
-    """Where elements [first, last) of `box` lie: byte `offset` of file number `file`; a checksum for each block."""
-
-    file: int
-    offset: int
-    box: Box
-    first: int
-    last: int
-    checksums: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -103,10 +83,10 @@ class Part:
     def from_bytes(cls, data: bytes, where: str) -> "Part":
         tree = strict_json.unseal(data, where)
         _require_keys(tree, ("rank", "save_id", "step", "block_bytes", "files", "tensors"), where)
-        block_bytes = _integer(tree["block_bytes"], "block_bytes", where, 8, MAX_BLOCK_BYTES)
+        block_bytes = check_integer(tree["block_bytes"], "block_bytes", where, 8, MAX_BLOCK_BYTES)
         files, tensors = _parse_entries(tree, block_bytes, where)
-        rank = _integer(tree["rank"], "rank", where, 0, MAX_BYTES)
-        step = _integer(tree["step"], "step", where, 0, MAX_BYTES)
+        rank = check_integer(tree["rank"], "rank", where, 0, MAX_BYTES)
+        step = check_integer(tree["step"], "step", where, 0, MAX_BYTES)
         return cls(rank, _save_id(tree["save_id"], where), step, block_bytes, files, tensors)
 
 
@@ -154,6 +134,11 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
         """Raises CheckpointError, beginning with `where`, for anything but a whole and consistent manifest."""
+        with _collector_at_rest():
+            return cls._from_bytes(data, where)
+
+    @classmethod
+    def _from_bytes(cls, data: bytes, where: str) -> "Manifest":
         tree = strict_json.unseal(data, where)
         if tree.get("format") != FORMAT or tree.get("version") != VERSION:
             raise CheckpointError(
@@ -166,13 +151,13 @@ class Manifest:
                 raise CheckpointError(f'{where} is damaged: "{key}" is no object')
         if tree["config_hash"] != config_hash(tree["config"]):
             raise CheckpointError(f"{where} is damaged: config_hash is not that of its config")
-        block_bytes = _integer(tree["block_bytes"], "block_bytes", where, 8, MAX_BLOCK_BYTES)
+        block_bytes = check_integer(tree["block_bytes"], "block_bytes", where, 8, MAX_BLOCK_BYTES)
         files, tensors = _parse_entries(tree, block_bytes, where)
         parameters = {
             name: _shape(shape, f"{where}: parameter {name[:200]}", 1) for name, shape in tree["parameters"].items()
         }
         manifest = cls(
-            _save_id(tree["save_id"], where), _integer(tree["step"], "step", where, 0, MAX_BYTES), tree["state"],
+            _save_id(tree["save_id"], where), check_integer(tree["step"], "step", where, 0, MAX_BYTES), tree["state"],
             tree["config"], tree["layout"], tree["versions"], parameters, files,
             {(entry.kind, entry.name): entry for entry in tensors}, block_bytes, strict_json.checksum(data),
         )  # fmt: skip
@@ -186,6 +171,18 @@ class Manifest:
         for entry in self.tensors.values():
             pieces = ((stored.box, stored.first, stored.last) for stored in entry.slices)
             check_coverage(f"{entry.kind} {entry.name} in {where}", entry.shape, pieces)
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Millions of lists without a cycle among them: looking for one takes longer than reading them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -267,9 +264,9 @@ def _parse_entries(
 def _file(item: Any, where: str) -> FileEntry:
     _require_keys(item, ("name", "size", "header_bytes", "header_checksum"), where)
     name = check_file_name(item["name"], where)
-    size = _integer(item["size"], f"the size of {name}", where, 8, MAX_BYTES)
-    header = _integer(item["header_bytes"], f"the header of {name}", where, 8, size)
-    return FileEntry(name, size, header, _hex(item["header_checksum"], where))
+    size = check_integer(item["size"], f"the size of {name}", where, 8, MAX_BYTES)
+    header = check_integer(item["header_bytes"], f"the header of {name}", where, 8, size)
+    return FileEntry(name, size, header, check_hex(item["header_checksum"], where))
 
 
 def check_file_name(name: Any, where: str) -> str:
@@ -291,32 +288,8 @@ def _tensor(item: Any, files: Sequence[FileEntry], block_bytes: int, where: str)
     shape = _shape(item["shape"], what, STORAGE[dtype].itemsize)
     if not isinstance(item["slices"], list):
         raise CheckpointError(f"{what} has no list of slices")
-    stored = tuple(_slice(columns, files, what) for columns in item["slices"])
-    entry = TensorEntry(kind, name, dtype, shape, stored)
-    for one in stored:
-        piece = entry.slice_of(one)
-        piece.check()
-        if one.offset < files[one.file].header_bytes or one.offset + piece.num_bytes > files[one.file].size:
-            raise CheckpointError(f"{what} has a slice outside its file {files[one.file].name}")
-        if len(one.checksums) != -(-piece.num_bytes // block_bytes):
-            raise CheckpointError(f"{what} has {len(one.checksums)} checksums for {piece.num_bytes} bytes")
-    return entry
-
-
-def _slice(columns: Any, files: Sequence[FileEntry], what: str) -> StoredSlice:
-    if not isinstance(columns, list) or len(columns) != 6:
-        raise CheckpointError(f"{what} has a slice that is no list of six")
-    file, offset, box, first, last, checksums = columns
-    if not isinstance(box, list) or not isinstance(checksums, list):
-        raise CheckpointError(f"{what} has a slice without box or checksums")
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in box):
-        raise CheckpointError(f"{what} has a slice whose box is no list of pairs")
-    for number in (file, offset, first, last, *(edge for pair in box for edge in pair)):
-        _integer(number, "a number of a slice", what, 0, MAX_BYTES)
-    if file >= len(files):
-        raise CheckpointError(f"{what} has a slice in file number {file}, of {len(files)}")
-    ranges = tuple((start, stop) for start, stop in box)
-    return StoredSlice(file, offset, ranges, first, last, tuple(_hex(digits, what) for digits in checksums))
+    reader = SliceReader(kind, name, dtype, shape, files, block_bytes, where)
+    return TensorEntry(kind, name, dtype, shape, reader.read(item["slices"]))
 
 
 def _require_keys(item: Any, keys: Sequence[str], where: str) -> None:
@@ -329,18 +302,6 @@ def _require_unique(names: Sequence[str], what: str, where: str) -> None:
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))
         raise CheckpointError(f"{where} is damaged: {what} {twice} stands there twice")
-
-
-def _integer(value: Any, what: str, where: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:  # True is an int, and a float is none
-        raise CheckpointError(f"{where} is damaged: {what} is {str(value)[:40]}")
-    return value
-
-
-def _hex(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not _HEX.fullmatch(value):
-        raise CheckpointError(f"{where} is damaged: {str(value)[:40]!r} is no checksum")
-    return value
 
 
 def _save_id(value: Any, where: str) -> str:

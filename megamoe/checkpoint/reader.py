@@ -5,14 +5,13 @@ Bytes are read block by block, and a block's checksum is compared before one of 
 
 import os
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from megamoe.checkpoint.files import CHUNK_BYTES, open_regular, read_into, read_small
+from megamoe.checkpoint.files import CHUNK_BYTES, OpenFiles, open_regular, read_into, read_small
 from megamoe.checkpoint.manifest import (
     BLOCK_BYTES,
     MANIFEST,
@@ -25,8 +24,6 @@ from megamoe.checkpoint.manifest import (
 from megamoe.checkpoint.slices import STORAGE, Box, Slice, intersection, within
 from megamoe.errors import CheckpointError
 
-_MAX_OPEN_FILES = 32
-
 
 class Checkpoint:
     """One complete checkpoint, open for reading. Not to be shared between threads."""
@@ -34,7 +31,7 @@ class Checkpoint:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles()
         self._block = np.empty(0, np.uint8)
 
     @classmethod
@@ -51,8 +48,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        self._files.close()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -89,7 +85,7 @@ class Checkpoint:
             for box, offset in target.boxes()
         ]
         filled = sum(
-            self._copy_blocks(entry, stored, goals, verify) for stored in _touching(entry, [box for box, _ in goals])
+            self._copy_blocks(entry, stored, goals, verify) for stored in touching(entry, [box for box, _ in goals])
         )
         if filled != target.num_elements:
             raise CheckpointError(
@@ -153,7 +149,7 @@ class Checkpoint:
         file = self.manifest.files[stored.file]
         path = self.folder / file.name
         offset = stored.offset + start * STORAGE[entry.dtype].itemsize
-        descriptor, view = self._descriptor(stored.file), memoryview(data)
+        descriptor, view = self._files.descriptor(path), memoryview(data)
         if not verify:
             read_into(descriptor, view, offset, path)
             return
@@ -170,17 +166,6 @@ class Checkpoint:
         if len(self._block) < num_bytes:
             self._block = np.empty(num_bytes, np.uint8)
         return self._block[:num_bytes]
-
-    def _descriptor(self, number: int) -> int:
-        if number in self._descriptors:
-            self._descriptors.move_to_end(number)
-            return self._descriptors[number]
-        if len(self._descriptors) >= _MAX_OPEN_FILES:
-            os.close(self._descriptors.popitem(last=False)[1])
-        descriptor = open_regular(self.folder / self.manifest.files[number].name)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
-        self._descriptors[number] = descriptor
-        return descriptor
 
     def _check_folder(self) -> None:
         expected = {file.name for file in self.manifest.files} | {MANIFEST}
@@ -226,14 +211,14 @@ def check_header(descriptor: int, file: FileEntry, path: Path) -> None:
         raise CheckpointError(f"{path} is damaged or of another save: the checksum of its header is wrong")
 
 
-def _touching(entry: TensorEntry, boxes: list[Box]) -> Iterator[StoredSlice]:
+def touching(entry: TensorEntry, boxes: Sequence[Box]) -> list[StoredSlice]:
     """Stored slices whose box meets one of the boxes."""
     starts, stops = entry.bounds
     touched = np.zeros(len(entry.slices), bool)
     for box in boxes:
         edges = np.array(box, np.int64).reshape(len(box), 2)
         touched |= ((starts < edges[:, 1]) & (stops > edges[:, 0])).all(axis=1)
-    return (entry.slices[index] for index in np.flatnonzero(touched))
+    return [entry.slices[index] for index in np.flatnonzero(touched)]
 
 
 def _shape(box: Box) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """Rewrite a checkpoint as another layout's ranks would have written it, one window of one slice in memory at a time."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,16 +8,15 @@ import xxhash
 
 from megamoe.checkpoint import manifest as manifests
 from megamoe.checkpoint.commit import merge, read_part, write_manifest
-from megamoe.checkpoint.files import WRITING, saving, sync_folder
-from megamoe.checkpoint.folders import remove_tree
 from megamoe.checkpoint.layouts import holders, layout_of, same_streams, slices_by_rank
 from megamoe.checkpoint.manifest import TensorEntry
+from megamoe.checkpoint.outputs import check_places, growing, put_in_place, writing
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.checkpoint.slices import STORAGE, Slice
 from megamoe.checkpoint.strict_json import dumps
 from megamoe.checkpoint.writer import Blocks, Save, part_name, write_streams
 from megamoe.config.schema import Config
-from megamoe.errors import CheckpointError, ConfigError
+from megamoe.errors import CheckpointError
 
 WINDOW_BYTES = 64 << 20
 MODEL_KINDS = ("weight", "balance_bias")
@@ -39,9 +37,9 @@ def reshard(
     the optimizer. Random states go along where only the ZeRO stage changes: under another layout they mean nothing.
     `out` appears when it is complete; a run that was killed goes on with the first rank that is not. Every block read
     is checked. Raises ConfigError for an `out` that exists or lies in the source, TopologyError for a layout that does
-    not fit, CheckpointError for a damaged source, SaveError when the disk refuses.
+    not fit, CheckpointError for a damaged source, OutputError when the disk refuses or another process writes there.
     """
-    _check_places(source, out)
+    check_places([source], out)
     with Checkpoint.open(source) as checkpoint:
         old = checkpoint.manifest
         layout = old.layout | layout_of(config, num_ranks)
@@ -49,24 +47,19 @@ def reshard(
         by_rank = slices_by_rank(entries, holders(config, num_ranks), num_ranks)
         plan = dumps([old.checksum, layout, weights_only, manifests.BLOCK_BYTES])
         save_id = f"reshard-{xxhash.xxh3_64_hexdigest(plan.encode())}"
-        partial = out.parent / f".{out.name}.{save_id}.partial"
-        with saving(partial):
-            _remove_others(partial, out)
-            partial.mkdir(parents=True, exist_ok=True)
-        parts = []
-        for rank, slices in enumerate(by_rank):
-            save = Save(partial, rank, save_id, old.step)
-            if not (partial / part_name(rank)).exists():
-                write_streams(save, [(piece, _windows(checkpoint, piece, progress)) for piece in slices])
-            elif progress is not None:
-                progress(sum(piece.num_bytes for piece in slices))
-            parts.append(read_part(partial, rank, old.step, save_id))
-        tree = config.model_dump(mode="json")
-        manifest = merge(parts, state=old.state, config=tree, layout=layout, versions=old.versions)
-        with saving(out):
-            write_manifest(partial, manifest)
-            os.rename(partial, out)
-            sync_folder(out.parent)
+        with growing(out, save_id) as partial, writing(partial):
+            (partial / manifests.MANIFEST).unlink(missing_ok=True)  # of a run that died when it was nearly done
+            parts = []
+            for rank, slices in enumerate(by_rank):
+                if not (partial / part_name(rank)).exists():
+                    streams = [(piece, _windows(checkpoint, piece, progress)) for piece in slices]
+                    write_streams(Save(partial, rank, save_id, old.step), streams)
+                elif progress is not None:
+                    progress(sum(piece.num_bytes for piece in slices))
+                parts.append(read_part(partial, rank, old.step, save_id))
+            tree = config.model_dump(mode="json")
+            write_manifest(partial, merge(parts, state=old.state, config=tree, layout=layout, versions=old.versions))
+            put_in_place(partial, out)
     return out
 
 
@@ -80,26 +73,6 @@ def _chosen(checkpoint: Checkpoint, weights_only: bool, with_random: bool) -> li
     if weights_only:
         return [entry for entry in entries if entry.kind in MODEL_KINDS]
     return [entry for entry in entries if with_random or entry.kind != "random"]
-
-
-def _check_places(source: Path, out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists already: choose a name for the new checkpoint that does not")
-    if not out.name or out.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"{out} lies within {source}: write the new checkpoint beside it")
-
-
-def _remove_others(partial: Path, out: Path) -> None:
-    """What an earlier run with other arguments left under this name, and parts of files in our own."""
-    if not out.parent.is_dir():
-        return
-    for name in os.listdir(out.parent):
-        if name.startswith(f".{out.name}.reshard-") and name.endswith(".partial") and name != partial.name:
-            remove_tree(out.parent / name)
-    if partial.is_dir():
-        for name in os.listdir(partial):
-            if name.endswith(WRITING) or name == manifests.MANIFEST:
-                os.unlink(partial / name)
 
 
 def _windows(checkpoint: Checkpoint, piece: Slice, progress: Callable[[int], None] | None) -> Blocks:

@@ -86,9 +86,9 @@ class Slice:
         ranges = ",".join(f"{start}:{stop}" for start, stop in self.box)
         return f"{self.name}[{ranges}][{self.first}:{self.last}]"
 
-    def check(self) -> None:
-        """Raises CheckpointError, naming the tensor, unless this is a piece of such a tensor."""
-        what = f"{self.kind} {self.name}"
+    def check(self, where: str = "") -> None:
+        """Raises CheckpointError, beginning with `where` and the tensor, unless this is a piece of such a tensor."""
+        what = f"{where}{self.kind} {self.name}"
         if self.dtype not in STORAGE:
             raise CheckpointError(f"{what} has dtype {self.dtype!r}: it must be one of {', '.join(STORAGE)}")
         check_shape(what, self.shape, STORAGE[self.dtype].itemsize)

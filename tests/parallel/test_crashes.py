@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megamoe.checkpoint import faults
 from megamoe.checkpoint.commit import recover
 from megamoe.model.random import random_state
+from megamoe.runs.run_folder import checkpoints_path, resumable_checkpoints, step_of
 from megamoe.training.build import Trainer
 from megamoe.training.host_copy import HostCopy
 from megamoe.training.restore import load_newest
-from megamoe.training.run_folder import checkpoints_path, resumable_checkpoints, step_of
 from megamoe.training.saving import CheckpointSaver
 from tests.harness import RanksFailed, run_ranks
 from tests.parallel.checkpoint_cases import THOROUGH

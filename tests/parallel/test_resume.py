@@ -12,11 +12,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megamoe.model.random import random_state
+from megamoe.runs.run_folder import resumable_checkpoints
 from megamoe.training import build, saving
 from megamoe.training.build import Trainer
 from megamoe.training.optimizer import parameter_groups
 from megamoe.training.restore import load_checkpoint
-from megamoe.training.run_folder import resumable_checkpoints
 from megamoe.training.saving import CheckpointSaver, save_checkpoint
 from tests.harness import run_ranks
 from tests.parallel.worlds import (

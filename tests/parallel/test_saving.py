@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.errors import CheckpointError
+from megamoe.runs.run_folder import checkpoint_at, checkpoints_path, resumable_checkpoints
 from megamoe.training import saving
 from megamoe.training.build import Trainer
 from megamoe.training.restore import DamagedCheckpoint, load_checkpoint, load_newest, load_weights
-from megamoe.training.run_folder import checkpoint_at, checkpoints_path, resumable_checkpoints
 from megamoe.training.saving import CheckpointSaver, save_checkpoint
 from tests.harness import run_ranks
 from tests.parallel.checkpoint_cases import comparable, differences, whole_state

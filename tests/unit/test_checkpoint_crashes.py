@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from megamoe.checkpoint import faults, manifest
-from megamoe.checkpoint.folders import complete_checkpoints, recover
+from megamoe.checkpoint.folders import checkpoint_name, complete_checkpoints, recover
 from megamoe.checkpoint.manifest import MANIFEST
 from tests.unit.checkpoint_cases import Tensors, load, print_table, random_tensors, same, save
 
@@ -205,6 +205,39 @@ def test_a_second_death_during_recovery_loses_nothing(template, tmp_path):
             check_survivors(root, 2, tensors_of(2))
         injected += 1
     ROWS.append(("two deaths in a row", injected, injected, 0, 0, 0))
+
+
+def test_killed_while_it_loads_a_process_has_changed_nothing(template):
+    """At every read of a load; the folder is the same in names, bytes and times."""
+
+    def fingerprint() -> dict[str, tuple[bytes, int]]:
+        paths = (path for path in template.rglob("*") if path.is_file())
+        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+    def deadly(preadv: Callable[..., int], number: int) -> Callable[..., int]:
+        die = die_at(number)
+        return lambda *arguments: (die("read"), preadv(*arguments))[1]
+
+    before, deaths = fingerprint(), 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.preadv = deadly(os.preadv, deaths)
+                load(template / checkpoint_name(2))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert fingerprint() == before
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        deaths += 1
+    assert deaths >= 20
+    assert same(load(template / checkpoint_name(2)), tensors_of(2))
+    ROWS.append(("killed while loading", deaths, deaths, 0, 0, 0))
 
 
 def test_the_table_of_crashes():

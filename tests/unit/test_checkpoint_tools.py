@@ -14,12 +14,14 @@ import pytest
 
 from megamoe.checkpoint import faults, layouts, manifest
 from megamoe.checkpoint.compare import config_differences
+from megamoe.checkpoint.files import OpenFiles
 from megamoe.checkpoint.folders import checkpoint_name
 from megamoe.checkpoint.layouts import holders, slices_by_rank
 from megamoe.checkpoint.manifest import MANIFEST
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.checkpoint.reshard import config_of
 from megamoe.checkpoint.slices import STORAGE
+from megamoe.checkpoint_commands import _short
 from megamoe.cli import main
 from megamoe.config.loading import load_config
 from megamoe.topology.grid import Grid
@@ -156,13 +158,13 @@ def test_random_states_go_along_only_where_they_mean_the_same(folder, tmp_path):
 
 def test_weights_only_touches_nothing_else(folder, tmp_path, monkeypatch):
     opened = []
-    original = Checkpoint._descriptor
+    original = OpenFiles.descriptor
 
-    def spy(self, number):
-        opened.append(self.manifest.files[number].name.partition("_rank_")[0])
-        return original(self, number)
+    def spy(self, path):
+        opened.append(path.name.partition("_rank_")[0])
+        return original(self, path)
 
-    monkeypatch.setattr(Checkpoint, "_descriptor", spy)
+    monkeypatch.setattr(OpenFiles, "descriptor", spy)
     reshard(folder, tmp_path / "new", "tp2 ep2 on 4", "--weights-only")
     assert set(opened) == {"weight", "balance_bias"}
     kept = {key: tensor for key, tensor in load(folder).items() if key[0] in ("weight", "balance_bias")}
@@ -353,3 +355,9 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, monkeypatch):
     print(f"peak MB above the imports, verify and reshard, at 2 and 8 layers: {peaks}")
     assert max(peaks) < 150
     assert peaks[2] - peaks[0] < 20 and peaks[3] - peaks[1] < 40
+
+
+def test_long_values_are_shown_by_their_length():
+    assert [_short(value) for value in ([4, 8], None, {"a": 1}, "x" * 90, [2.5] * 128, {"a": [2.5] * 128, "b": 1})] == [
+        "[4, 8]", "None", "{'a': 1}", "x" * 90, "128 entries", "2 entries"
+    ]  # fmt: skip
