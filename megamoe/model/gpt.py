@@ -77,6 +77,7 @@ class GPT(GPTModel):
 def build_model_chunks(
     config: Config,
     groups: ParallelGroups,
+    device: torch.device,
     *,
     loss_scale: LossScale,
     statistics: LoadStatistics,
@@ -89,7 +90,7 @@ def build_model_chunks(
     """
     core_config = transformer_config(config)
     collection = _process_group_collection(groups)
-    context = _moe_context(config, groups, loss_scale, statistics, evaluation, balance_bias)
+    context = _moe_context(config, groups, device, loss_scale, statistics, evaluation, balance_bias)
     grid, pipeline_rank = groups.grid, groups.coordinates.pipeline
     virtual = config.parallel.virtual_pipeline_parallel_size
     chunks = []
@@ -184,6 +185,7 @@ def _moe_spec(context: MoEContext, groups: ParallelGroups, layer: int, num_exper
 def _moe_context(
     config: Config,
     groups: ParallelGroups,
+    device: torch.device,
     loss_scale: LossScale,
     statistics: LoadStatistics,
     evaluation: EvaluationMode,
@@ -197,7 +199,7 @@ def _moe_context(
         activation=config.model.activation,
         use_bias=config.model.use_bias,
         dtype=PRECISION_DTYPE[config.run.precision],
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         parallel=ExpertParallel(
             exchange=_exchange(config, groups),
             expert_size=grid.expert,

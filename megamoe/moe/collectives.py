@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamoe.phases import phase
+
 
 class Transfer:
     """How many rows go to and come from each rank of `group`, and the exchange that is under way, if any.
@@ -23,6 +25,7 @@ class Transfer:
         self.group, self.send_counts, self.receive_counts = group, send_counts, receive_counts
         self._under_way: tuple[dist.Work, Tensor, Tensor] | None = None
 
+    @phase("all_to_all")
     def begin(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         """Start sending `rows` [sum(send_counts), h]; return where they arrive, [sum(receive_counts), h], unfilled."""
         rows = rows.contiguous()
@@ -34,6 +37,7 @@ class Transfer:
         self._under_way = (work, rows, received)
         return received
 
+    @phase("all_to_all")
     def end(self) -> Tensor:
         """Wait until what was begun has arrived: on the host with gloo, on the current stream with NCCL."""
         if self._under_way is None:

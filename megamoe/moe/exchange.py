@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.moe.collectives import Transfer, finish_all_to_all, start_all_to_all
+from megamoe.moe.host_read import read_numbers
 from megamoe.moe.rows import Order, Permute, blocks_swapped
 
 
@@ -133,7 +134,7 @@ class Exchange:
         # From each rank of this node what it has for each node: [L, N, C, m]. Then what all have for this rank.
         midway = _swap_counts(sent.transpose(0, 1), self.local_group)
         received = _swap_counts(midway.transpose(0, 1), self.across_group)  # [N, L, C, m], by sender
-        read = np.array(torch.stack((sent, midway.transpose(0, 1), received)).tolist(), dtype=np.int64)
+        read = np.array(read_numbers(torch.stack((sent, midway.transpose(0, 1), received)), "rows"), dtype=np.int64)
         return [self._route(chunk, midway[:, :, chunk], received[:, :, chunk], *read[:, :, :, chunk])
                 for chunk in range(self.num_chunks)]  # fmt: skip
 

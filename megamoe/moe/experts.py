@@ -1,6 +1,6 @@
 """The experts of one rank: stacked weights, products over unequal numbers of rows, no padding.
 
-    n local experts   h hidden   f ffn (a slice of it under expert tensor parallelism)   R rows, sorted by expert
+n local experts   h hidden   f ffn (a slice of it under expert tensor parallelism)   R rows, sorted by expert
 """
 
 import torch
@@ -64,11 +64,8 @@ class StackedExperts(nn.Module):
         `weights` are those of one chunk of experts, from `cut`; None: all.
         """
         weights = self.cut(1)[0] if weights is None else weights
-        if has_grouped_product(buffer):
-            return grouped_ffn(
-                buffer, weights, rows_per_expert, self.activation, recompute_activation=self.recompute_activation
-            )
-        return expert_by_expert_ffn(buffer, weights, rows_per_expert, self.activation)
+        ffn = grouped_ffn if has_grouped_product(buffer) else expert_by_expert_ffn
+        return ffn(buffer, weights, rows_per_expert, self.activation, recompute_activation=self.recompute_activation)
 
 
 class _Stack(nn.Module):

@@ -4,7 +4,7 @@ have no grouped product.
     n experts   R rows, sorted by expert   h hidden   f ffn   x [R, h]   y [R, h]
     a [R, f] (gated [R, 2 f]) before the activation, g [R, f] after it
 
-x and a are kept for the backward pass, which makes g again: keeping it, too, would take as much as a (gated: half).
+x and a are kept for the backward pass, and g, which takes as much as a (gated: half), unless it is to be made again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,14 +38,23 @@ _LARGE_BLOCK_ELEMENTS = 1 << 20
 
 
 def expert_by_expert_ffn(
-    x: Tensor, weights: ExpertWeights, rows_per_expert: list[int], activation: Activation
+    x: Tensor,
+    weights: ExpertWeights,
+    rows_per_expert: list[int],
+    activation: Activation,
+    *,
+    recompute_activation: bool,
 ) -> Tensor:
     """Expert after expert, its two products with the activation between them, on rows that are still in the cache.
+
+    With `recompute_activation` the backward pass makes g again, from a; so it does where 16-bit operands are widened,
+    as a kept g would be rounded. Results are the same to the bit.
 
     Nothing is padded to the fullest expert, results are written where they belong, and the gradient of a weight that
     has one already is added to it in place (`gradient_memory`). Times against products alone: docs/benchmarks.md.
     """
-    return _ExpertByExpert.apply(x, *weights, rows_per_expert, activation)
+    keeps_g = not recompute_activation and compute_dtype(x) is x.dtype
+    return _ExpertByExpert.apply(x, *weights, rows_per_expert, activation, keeps_g)
 
 
 class _ExpertByExpert(torch.autograd.Function):
@@ -59,9 +68,11 @@ class _ExpertByExpert(torch.autograd.Function):
         bias2: Tensor | None,
         rows_per_expert: list[int],
         activation: Activation,
+        keeps_g: bool,
     ) -> Tensor:
         matrices1, matrices2 = weight1.flatten(1, -2), weight2
         a, y = x.new_empty((x.shape[0], matrices1.shape[1])), torch.empty_like(x)
+        kept_g = x.new_empty((x.shape[0], matrices2.shape[2])) if keeps_g else None
         xs, as_, ys = (rows.split(rows_per_expert) for rows in (x, a, y))
         weights1, weights2 = matrices1.transpose(1, 2).unbind(), matrices2.transpose(1, 2).unbind()
         biases1, biases2 = _per_expert(bias1, len(xs)), _per_expert(bias2, len(xs))
@@ -71,12 +82,12 @@ class _ExpertByExpert(torch.autograd.Function):
             scratch = _Scratch(x, matrices2.shape[2])
             for experts, rows, counts in own_blocks:
                 _products(xs[experts], weights1[experts], as_[experts], biases1[experts])
-                (g,) = scratch.for_rows(sum(counts))
+                g = scratch.for_rows(sum(counts))[0] if kept_g is None else kept_g[rows]
                 activation.forward_into(a[rows].to(g.dtype), g)
                 _products(g.split(counts), weights2[experts], ys[experts], biases2[experts])
 
         _do(blocks, work, matrices2)
-        ctx.save_for_backward(x, a, weight1, weight2)
+        ctx.save_for_backward(x, a, weight1, weight2, kept_g)
         ctx.parameters = weight1, weight2  # saved tensors may come back as other objects, without `.grad`
         ctx.bias_shapes = tuple(None if bias is None else bias.shape for bias in (bias1, bias2))
         ctx.rows_per_expert, ctx.blocks, ctx.activation = rows_per_expert, blocks, activation
@@ -84,7 +95,7 @@ class _ExpertByExpert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, weight1, weight2 = ctx.saved_tensors
+        x, a, weight1, weight2, kept_g = ctx.saved_tensors
         matrices1, matrices2, activation, blocks = weight1.flatten(1, -2), weight2, ctx.activation, ctx.blocks
         grad_x, grad_y = torch.empty_like(x), grad_y.contiguous()
         (grad_weight1, adds1), (grad_weight2, adds2) = map(gradient_memory, ctx.parameters)
@@ -95,11 +106,16 @@ class _ExpertByExpert(torch.autograd.Function):
         bias_grads1, bias_grads2 = _per_expert(grad_bias1, len(xs)), _per_expert(grad_bias2, len(xs))
 
         def work(own_blocks: Iterator[_Block]) -> None:
-            scratch = _Scratch(x, matrices2.shape[2], matrices2.shape[2], a.shape[1])
+            widths = (matrices2.shape[2], a.shape[1], matrices2.shape[2])  # of grad_g, grad_a and a g made again
+            scratch = _Scratch(x, *(widths if kept_g is None else widths[:2]))
             for experts, rows, counts in own_blocks:
-                g, grad_g, grad_a = scratch.for_rows(sum(counts))
-                own_a, grad_gs, grad_as = a[rows].to(g.dtype), grad_g.split(counts), grad_a.split(counts)
-                activation.forward_into(own_a, g)
+                grad_g, grad_a, *made_g = scratch.for_rows(sum(counts))
+                own_a, grad_gs, grad_as = a[rows].to(grad_g.dtype), grad_g.split(counts), grad_a.split(counts)
+                if kept_g is None:
+                    (g,) = made_g
+                    activation.forward_into(own_a, g)
+                else:
+                    g = kept_g[rows]
                 _weight_gradients(grad_ys[experts], g.split(counts), grads2[experts], bias_grads2[experts], adds=adds2)
                 _products(grad_ys[experts], weights2[experts], grad_gs)
                 activation.backward_into(grad_g, own_a, grad_a)
@@ -107,7 +123,7 @@ class _ExpertByExpert(torch.autograd.Function):
                 _products(grad_as, weights1[experts], grad_xs[experts])
 
         _do(blocks, work, matrices2)
-        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, None, None
+        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, None, None, None
 
 
 class _Block(NamedTuple):

@@ -29,9 +29,10 @@ from megamoe.moe.experts import StackedExperts
 from megamoe.moe.losses import LossScale, attach_loss, balance_loss, choice_share, z_loss
 from megamoe.moe.precision import compute_dtype
 from megamoe.moe.routers import JITTER_STATE, build_router
-from megamoe.moe.routing import Normalization, Routing, expert_capacity, settle
+from megamoe.moe.routing import Normalization, Routing, settle
 from megamoe.moe.shared import SharedExpert
 from megamoe.moe.statistics import LoadStatistics
+from megamoe.topology.capacity import expert_capacity
 
 
 @dataclass(frozen=True)

@@ -37,19 +37,6 @@ def count_experts(expert_index: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Tokens one expert takes from one rank's micro-batch: top_k * ceil(capacity_factor * S / E).
-
-    With factor 1 and two choices this is the 2 * ceil(S / E) of Artetxe et al. (2021), "C = 2".
-    """
-    # Integer arithmetic where the factor is whole: 0.1 + 0.2 must not add a slot.
-    if float(capacity_factor).is_integer():
-        return top_k * -(-num_tokens * int(capacity_factor) // num_experts)
-    scaled = capacity_factor * num_tokens / num_experts
-    nearest = round(scaled)
-    return top_k * (nearest if abs(scaled - nearest) < 1e-9 * max(1.0, scaled) else int(scaled) + 1)
-
-
 def top_k_choices(scores: Tensor, top_k: int) -> Tensor:
     """Indices [S, k] of the k largest scores [S, E], best first; the lower index wins a tie, on every device.
 

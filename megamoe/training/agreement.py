@@ -1,5 +1,7 @@
 """Decisions that all ranks must take alike, by small collectives: nobody goes on where another rank stops."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,6 +38,18 @@ def agreed_nonce(*, groups: ParallelGroups, device: torch.device) -> str:
     value = torch.randint(0, 2**62, (), generator=_fresh_generator(), dtype=torch.int64).to(device)
     dist.broadcast(value, src=0, group=groups.world)
     return f"{int(value):016x}"
+
+
+def first_ranks_numbers(numbers: Sequence[int], *, device: torch.device) -> list[int]:
+    """The first rank's whole numbers, on every rank, however many they are. Collective over all ranks."""
+    count = torch.tensor(len(numbers), dtype=torch.int64, device=device)
+    dist.broadcast(count, src=0)
+    values = torch.zeros(int(count), dtype=torch.int64, device=device)
+    if dist.get_rank() == 0:
+        values.copy_(torch.tensor(numbers, dtype=torch.int64))
+    if values.numel():
+        dist.broadcast(values, src=0)
+    return values.tolist()
 
 
 def extremes(values: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

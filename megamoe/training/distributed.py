@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megamoe.launch.environment import RankEnvironment
 from megamoe.model import cpu_bridge
@@ -35,3 +36,12 @@ def initialize_distributed(environment: RankEnvironment, timeout_seconds: float)
             device_id=device if device.type == "cuda" else None,
         )
     return device
+
+
+def bound_waits(timeout_seconds: float) -> None:
+    """Make `timeout_seconds` the longest wait in every group that this rank is in, whoever made it.
+
+    DeepSpeed makes groups that would wait for half an hour; torch's own default is not that of the first group.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)

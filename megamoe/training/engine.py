@@ -30,10 +30,10 @@ from megamoe.config.schema import Config
 from megamoe.errors import ConfigError, TrainingStopped
 from megamoe.model.naming import LocalParameter
 from megamoe.model.parallel import ParallelGroups
+from megamoe.phases import phase
+from megamoe.topology.updates import reduce_bucket_elements
 from megamoe.training.gradients import GradientFinalizer, GradientSlice
 from megamoe.training.groups import MpuAdapter
-
-MAX_REDUCE_BUCKET_ELEMENTS = 100_000_000
 
 
 class ScheduleEngine(DeepSpeedEngine):
@@ -68,8 +68,14 @@ class ScheduleEngine(DeepSpeedEngine):
         self._manual_backward_expected = True  # the schedule has scaled the loss
         self._backward_prologue()
 
+    @phase("reduce")
+    def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
+        super().allreduce_gradients(*args, **kwargs)
+
+    @phase("update")
     def apply_gradients(self, learning_rate: float) -> bool:
-        """Reduce, finalise, clip, update; True if the update happened, False if the gradient was not finite.
+        """Reduce, finalise, clip, update; True if the update happened, False if the gradient was not finite or the
+        finalizer's `refuse` said so.
 
         The decision is the same on every rank. Gradients are gone afterwards. `finalizer.norm` holds the global
         gradient norm of this step, before clipping and without loss scale.
@@ -83,7 +89,7 @@ class ScheduleEngine(DeepSpeedEngine):
         self.allreduce_gradients()
         self._running_engine_step = False
         norm = self.finalizer.finalize(self._whole_gradients(), scale=1.0)
-        applied = math.isfinite(norm)
+        applied = math.isfinite(norm) and not self.finalizer.is_refused
         if applied:
             self._clip(norm)
             self.optimizer.step()
@@ -139,20 +145,26 @@ class ScheduleEngine(DeepSpeedEngine):
 
         def check_overflow(partition_gradients: bool = True) -> None:
             norm = self.finalizer.finalize(self._partitioned_gradients(), scale=float(zero.loss_scale))
-            zero.overflow = not math.isfinite(norm)
+            zero.overflow = not math.isfinite(norm) or self.finalizer.is_refused
+
+        def update_scale(has_overflow: bool = False) -> None:
+            if not self.finalizer.is_refused or not math.isfinite(self.finalizer.norm):
+                zero.loss_scaler.update_scale(has_overflow)  # a refused gradient says nothing about the scale
 
         def scaled_global_norm(norm_type: int = 2) -> Tensor:
             return torch.tensor(self.finalizer.norm * float(zero.loss_scale))
 
         zero.check_grad_overflow = True
         zero.check_overflow = check_overflow
+        zero._update_scale = update_scale
         zero.scaled_global_norm = scaled_global_norm
+        zero.reduce_ipg_grads = phase("reduce")(zero.reduce_ipg_grads)  # stage 2 calls it inside backward passes
 
 
 def deepspeed_config(config: Config, data_parallel_size: int, num_local_elements: int) -> dict[str, Any]:
     """The DeepSpeed configuration; what the engines would corrupt is written out, never left to a default."""
     optimizer, precision = config.optimizer, config.run.precision
-    bucket = min(MAX_REDUCE_BUCKET_ELEMENTS, num_local_elements + num_local_elements % 2)
+    bucket = reduce_bucket_elements(num_local_elements)
     settings: dict[str, Any] = {
         # DeepSpeed's counters of samples mean nothing here: the schedules count micro-batches.
         "train_batch_size": data_parallel_size,
@@ -167,8 +179,8 @@ def deepspeed_config(config: Config, data_parallel_size: int, num_local_elements
             "contiguous_gradients": True,  # false averages different experts over the data-parallel group
             "reduce_scatter": True,
             "overlap_comm": False,
-            "reduce_bucket_size": max(2, bucket),
-            "allgather_bucket_size": max(2, bucket),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
     }
     if precision == "bf16":

@@ -5,7 +5,7 @@ commutes with that, as its ranks cut their equal parameters at equal places.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from megamoe.config.schema import Config
 from megamoe.model.naming import LocalParameter
 from megamoe.model.parallel import ParallelGroups
+from megamoe.moe.host_read import read_numbers
+from megamoe.phases import phase
 from megamoe.topology.reductions import is_summed_over_tensor, is_whole_on_each_tensor_rank
 
 
@@ -30,15 +32,23 @@ class GradientSlice:
 class GradientFinalizer:
     """Finishes the gradients of one step and measures them. `norm` is the last global norm, without loss scale.
 
-    `stop_wanted` may be set on any rank at any time; after the next step `stop_agreed` tells every rank of it. It rides
-    along in the all-reduce of the norm, which every step has anyway.
+    What else all ranks must know of a step rides along in the all-reduce of the norm, which every step has anyway:
+    `stop_wanted` (by a signal) may be set on any rank at any time, `sees_stop_file` is asked on every rank, and after
+    the step `stop_agreed` (by either) and `stop_file_agreed` tell all of it; of `lm_losses`, this rank's of the step
+    under way, `loss` is the mean over all ranks (None: no rank had any). `refuse` is asked with loss and norm, the same
+    on every rank, before the update: `is_refused` is its answer.
     """
 
     def __init__(self, parameters: Sequence[LocalParameter], groups: ParallelGroups, config: Config) -> None:
         self.by_tensor = {id(local.tensor): local for local in parameters}
         self.clip_grad = config.optimizer.clip_grad
         self.norm = math.nan
-        self.stop_wanted = self.stop_agreed = False
+        self.stop_wanted = self.stop_agreed = self.stop_file_agreed = False
+        self.sees_stop_file: Callable[[], bool] = lambda: False
+        self.lm_losses: Tensor | None = None  # [num_micro_batches], on the last stage
+        self.loss: float | None = None
+        self.refuse: Callable[[float | None, float], bool] = lambda loss, norm: False
+        self.is_refused = False
         self._groups, self._parallel = groups, config.parallel
         self._is_tied = config.model.tie_embeddings and groups.grid.pipeline > 1
         self._expert_scale = 1.0
@@ -46,6 +56,7 @@ class GradientFinalizer:
             num_ranks = config.optimizer.expert_grad_world_size or config.parallel.expert_parallel_size
             self._expert_scale = math.sqrt(num_ranks)
 
+    @phase("reduce")
     def finalize(self, slices: Sequence[GradientSlice], *, scale: float) -> float:
         """Complete the gradients in place and return their global norm divided by `scale` (the loss scale).
 
@@ -59,6 +70,7 @@ class GradientFinalizer:
                 if piece.local.parameter.kind == "expert":
                     piece.values.mul_(self._expert_scale)
         self.norm = self._global_norm(slices) / scale
+        self.is_refused = self.refuse(self.loss, self.norm)
         return self.norm
 
     def _sum_over_tensor_group(self, slices: Sequence[GradientSlice]) -> None:
@@ -94,10 +106,19 @@ class GradientFinalizer:
         if counted:
             norms = torch._foreach_norm(counted, 2, dtype=torch.float32)
             square_sum = torch.stack(norms).double().square().sum()
-        sums = torch.stack([square_sum, torch.full_like(square_sum, float(self.stop_wanted))])
+        copies = [s.values for s in slices if self._is_tensor_copy(s.local)]
+        if copies:  # count as nothing, but one that is not finite makes the sum so
+            square_sum = square_sum + 0.0 * torch.stack(torch._foreach_norm(copies, 2, dtype=torch.float32)).sum()
+        # Tensor ranks hold the same losses: one of them speaks.
+        losses = self.lm_losses if self._groups.coordinates.tensor == 0 else None
+        loss_sum = torch.zeros_like(square_sum) if losses is None else losses.double().sum()
+        counts = (0 if losses is None else losses.numel(), self.stop_wanted, self.sees_stop_file())
+        sums = torch.stack([square_sum, loss_sum, *(torch.full_like(square_sum, float(count)) for count in counts)])
         dist.all_reduce(sums, group=self._groups.world)
-        value, num_stops = sums.tolist()
-        self.stop_agreed = num_stops > 0
+        value, loss_sum, num_losses, num_signals, num_files = read_numbers(sums, "gradient norm")
+        self.loss = loss_sum / num_losses if num_losses else None
+        self.stop_file_agreed = num_files > 0
+        self.stop_agreed = num_signals > 0 or self.stop_file_agreed
         return math.sqrt(value) if math.isfinite(value) else math.inf
 
     def _groups_device(self, slices: Sequence[GradientSlice]) -> torch.device:
@@ -108,9 +129,14 @@ class GradientFinalizer:
         is_expert = parameter.kind == "expert"
         if local.tied_copy:
             return False
-        copy = at.expert_tensor if is_expert else at.tensor
-        if copy != 0 and is_whole_on_each_tensor_rank(parameter, self._parallel):
+        if self._is_tensor_copy(local):
             return False
         if self._parallel.zero_stage > 0:
             return True
         return (at.expert_data if is_expert else at.data) == 0
+
+    def _is_tensor_copy(self, local: LocalParameter) -> bool:
+        """Whether another rank of the tensor group counts this parameter's gradient."""
+        at, parameter = self._groups.coordinates, local.parameter
+        copy = at.expert_tensor if parameter.kind == "expert" else at.tensor
+        return copy != 0 and is_whole_on_each_tensor_rank(parameter, self._parallel)

@@ -88,7 +88,7 @@ def create_groups(parallel: ParallelConfig, *, launched_ranks_per_node: int | No
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         expert_model_parallel_size=grid.expert,
         expert_tensor_parallel_size=grid.expert_tensor,
-        distributed_timeout_minutes=max(1, round(parallel.timeout_seconds / 60)),
+        distributed_timeout_minutes=parallel.timeout_seconds / 60,  # a fraction is as good: it becomes a timedelta
         create_gloo_process_groups=False,
     )
     timeout = timedelta(seconds=parallel.timeout_seconds)

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megamoe.data.batches import SampleSource
+from megamoe.data.datasets import BlendedDataset
 from megamoe.errors import CheckpointError, TrainingInterrupted, TrainingStopped
+from megamoe.phases import phase
 from megamoe.training.build import Trainer
-from megamoe.training.loop import local_batch
+from megamoe.training.held_out import held_out, perplexity
 from megamoe.training.lr_schedule import learning_rate
 from megamoe.training.report import (
+    LayerLoads,
+    LoadMeter,
     LossMeter,
     load_loss,
     load_metrics,
@@ -22,13 +25,9 @@ from megamoe.training.report import (
 )
 from megamoe.training.saving import CheckpointSaver, Say
 from megamoe.training.step import StepResult
+from megamoe.training.throughput import begin_timing, metrics_of
 
 Record = Callable[[dict[str, Any]], None]  # takes metrics on rank 0, does nothing elsewhere
-
-
-def perplexity(loss: float) -> float:
-    """exp of a loss in nats a token; not a number where the loss is none, and bounded where exp overflows."""
-    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan
 
 
 class BaseHook:
@@ -40,43 +39,63 @@ class BaseHook:
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         pass
 
+    def on_roll_back(self, trainer: Trainer) -> None:
+        pass
+
     def on_end(self, trainer: Trainer) -> None:
         pass
 
 
 class SkipGuard(BaseHook):
-    """Counts steps skipped for a non-finite gradient and ends a run that makes no progress."""
+    """Counts steps that were skipped, for a non-finite gradient or by the guard, and ends a run without progress."""
 
     def __init__(self, max_consecutive: int) -> None:
         self.max_consecutive = max_consecutive
-        self._consecutive = 0
+        self._consecutive, self._any_refused = 0, False
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if result.was_applied:
-            self._consecutive = 0
+            self._consecutive, self._any_refused = 0, False
             return
         trainer.skipped_steps += 1
         self._consecutive += 1
+        self._any_refused |= math.isfinite(result.grad_norm)
         if self._consecutive >= self.max_consecutive:
+            what = "not finite or refused by the guard" if self._any_refused else "not finite"
             raise TrainingStopped(
-                f"the gradient was not finite in {self._consecutive} steps in a row, up to step {trainer.step} "
+                f"the gradient was {what} in {self._consecutive} steps in a row, up to step {trainer.step} "
                 "(run.max_skipped_steps): lower optimizer.lr, set optimizer.clip_grad, or look at the data around "
                 f"sample {trainer.samples}"
             )
+
+    def on_roll_back(self, trainer: Trainer) -> None:
+        self._consecutive, self._any_refused = 0, False
 
 
 class Reporter(BaseHook):
     """One line of metrics an interval, reduced over all ranks."""
 
-    def __init__(self, interval_steps: int, record: Record, show_step: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        interval_steps: int,
+        record: Record,
+        show_step: Callable[[int], None],
+        *,
+        load_interval_steps: int = 0,
+        record_loads: Callable[[int, LayerLoads], None] = lambda step, loads: None,
+    ) -> None:
+        """`record_loads` takes a step and what each layer's experts were sent since its last call."""
         self.interval_steps, self.record, self.show_step = interval_steps, record, show_step
         self._losses = LossMeter()
         self._seconds, self._steps = 0.0, 0
         self._last_samples = self._samples_before_step = 0
         self._batch_size = 0
         self._mark = 0.0
+        self._loads = LoadMeter(load_interval_steps, record_loads)
 
     def on_start(self, trainer: Trainer) -> None:
+        begin_timing(trainer.schedule.device)
+        self._loads.begin(trainer.step)
         self._mark, self._last_samples = time.monotonic(), trainer.samples
         self._samples_before_step = trainer.samples
 
@@ -95,6 +114,11 @@ class Reporter(BaseHook):
         self.show_step(trainer.step)
         self._mark = time.monotonic()  # what other hooks take is not training: see `resume_clock`
 
+    def on_roll_back(self, trainer: Trainer) -> None:
+        self.on_start(trainer)
+        self._losses, self._seconds, self._steps = LossMeter(), 0.0, 0
+        self.show_step(trainer.step)
+
     def resume_clock(self) -> None:
         """Called when other hooks are done: their time is not the step's."""
         self._mark = time.monotonic()
@@ -102,16 +126,18 @@ class Reporter(BaseHook):
     def _metrics(self, trainer: Trainer, result: StepResult) -> dict[str, Any]:
         config = trainer.config
         lm_loss, load = self._losses.mean(trainer.groups), load_report(trainer)
-        samples = trainer.samples - self._last_samples
+        tokens = (trainer.samples - self._last_samples) * config.model.seq_length
+        speed = metrics_of(config, trainer.groups, trainer.schedule.device, tokens=tokens, seconds=self._seconds,
+                           num_steps=self._steps)  # fmt: skip
         metrics = {
             "step": trainer.step,
+            "time": time.time(),
             "loss": lm_loss + load_loss(config.moe, load),
             "lm_loss": lm_loss,
             "perplexity": perplexity(lm_loss),
             "lr": learning_rate(config.optimizer, trainer.step, config.run.num_steps),
             "grad_norm": result.grad_norm,
-            "tokens_per_second": samples * config.model.seq_length / max(self._seconds, 1e-9),
-            "step_seconds": self._seconds / max(1, self._steps),
+            **speed,
             "samples": trainer.samples,
             "tokens": trainer.samples * config.model.seq_length,
             "global_batch_size": self._batch_size,
@@ -120,6 +146,10 @@ class Reporter(BaseHook):
         }
         if load:
             metrics |= load_metrics(config.moe, load)
+            metrics |= self._loads.add(trainer.step, load)
+        if trainer.judge is not None:
+            metrics["spikes"] = trainer.judge.num_spikes
+            metrics["rolled_back_steps"] = trainer.judge.num_rolled_back_steps
         if config.run.precision == "fp16":
             metrics["loss_scale"] = trainer.engine.current_loss_scale
         return metrics
@@ -128,7 +158,7 @@ class Reporter(BaseHook):
 class Validator(BaseHook):
     """Language loss on held-out samples, at an interval and at the end."""
 
-    def __init__(self, dataset: SampleSource, interval_steps: int, num_batches: int, record: Record) -> None:
+    def __init__(self, dataset: BlendedDataset, interval_steps: int, num_batches: int, record: Record) -> None:
         self.dataset, self.interval_steps, self.num_batches, self.record = dataset, interval_steps, num_batches, record
         self._last_step = -1
 
@@ -143,32 +173,25 @@ class Validator(BaseHook):
         if self._last_step != trainer.step:
             self._validate(trainer)
 
+    @phase("validate")
     def _validate(self, trainer: Trainer) -> None:
         self._last_step = trainer.step
-        self.record({"step": trainer.step, **_held_out(trainer, self.dataset, self.num_batches, "valid")})
+        self.record({"step": trainer.step, **held_out(trainer, self.dataset, self.num_batches, "valid")})
 
 
 class FinalTest(BaseHook):
     """Language loss on the test samples, once, when training ends."""
 
-    def __init__(self, dataset: SampleSource, num_batches: int, record: Record) -> None:
+    def __init__(self, dataset: BlendedDataset, num_batches: int, record: Record) -> None:
         self.dataset, self.num_batches, self.record = dataset, num_batches, record
 
+    @phase("validate")
     def on_end(self, trainer: Trainer) -> None:
-        self.record({"step": trainer.step, **_held_out(trainer, self.dataset, self.num_batches, "test")})
-
-
-def _held_out(trainer: Trainer, dataset: SampleSource, num_batches: int, split: str) -> dict[str, float]:
-    """Loss and perplexity over the first `num_batches` global batches of a dataset. Collective over all ranks."""
-    batch_size, meter = trainer.config.run.global_batch_size, LossMeter()
-    for index in range(num_batches):
-        meter.add(trainer.evaluate(local_batch(trainer, dataset, index * batch_size, batch_size)))
-    loss = meter.mean(trainer.groups)
-    return {f"{split}_loss": loss, f"{split}_perplexity": perplexity(loss)}
+        self.record({"step": trainer.step, **held_out(trainer, self.dataset, self.num_batches, "test")})
 
 
 class Saver(BaseHook):
-    """Checkpoints at an interval and at the end, and at once where a signal asks the run to stop."""
+    """Checkpoints at an interval and at the end, and at once where a signal or a stop file asks the run to stop."""
 
     def __init__(self, saver: CheckpointSaver, interval_steps: int, at_end: bool) -> None:
         self.saver, self.interval_steps, self.at_end = saver, interval_steps, at_end
@@ -177,17 +200,22 @@ class Saver(BaseHook):
         if self.interval_steps:
             self.saver.prepare()
 
+    @phase("save")
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         self.saver.poll()
         if self.interval_steps and trainer.step % self.interval_steps == 0:
             self.saver.save()
-        if trainer.engine.finalizer.stop_agreed and trainer.step < trainer.config.run.num_steps:
+        finalizer = trainer.engine.finalizer
+        if finalizer.stop_agreed and trainer.step < trainer.config.run.num_steps:
             self._save_last(trainer)
+            reason = "stop file" if finalizer.stop_file_agreed else "signal"
             raise TrainingInterrupted(
-                f"stopped by a signal after step {trainer.step}, whose checkpoint is in "
-                f"{self.saver.root}: the same command goes on from there"
+                f"stopped by a {reason} after step {trainer.step}, whose checkpoint is in "
+                f"{self.saver.root}: the same command goes on from there",
+                reason=reason,
             )
 
+    @phase("save")
     def on_end(self, trainer: Trainer) -> None:
         if self.at_end:
             self._save_last(trainer)

@@ -1,7 +1,6 @@
 """Parameter groups and the optimizer that DeepSpeed wraps."""
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from megamoe.config.schema import Config
 from megamoe.errors import ConfigError
 from megamoe.model.naming import LocalParameter
 from megamoe.moe.layer import expert_group_name
-from megamoe.topology.parameters import Parameter
+from megamoe.topology.updates import UpdateKind, update_kind
 
 
 def parameter_groups(parameters: Sequence[LocalParameter], config: Config) -> list[dict[str, Any]]:
@@ -21,30 +20,20 @@ def parameter_groups(parameters: Sequence[LocalParameter], config: Config) -> li
     it is the experts' own and differs among them only in a pyramid, under "inverse_sqrt_experts".
     """
     optimizer = config.optimizer
-    members: dict[tuple[bool, bool, float], list[torch.Tensor]] = {}
+    members: dict[UpdateKind, list[torch.Tensor]] = {}
     for local in parameters:
-        exempt = local.parameter.is_bias_or_norm and not optimizer.decay_norms_and_biases
-        key = (local.parameter.kind == "expert", exempt, _lr_scale(local.parameter, config))
-        members.setdefault(key, []).append(local.tensor)
+        members.setdefault(update_kind(local.parameter, optimizer), []).append(local.tensor)
     name = expert_group_name(config.parallel.expert_parallel_size)
     return [
         {
-            "params": members[is_expert, exempt, lr_scale],
-            "weight_decay": 0.0 if exempt else optimizer.weight_decay,
-            "lr_scale": lr_scale,
-            "name": name if is_expert else "dense",
-            **({"moe": True} if is_expert else {}),
+            "params": members[kind],
+            "weight_decay": 0.0 if kind.is_exempt else optimizer.weight_decay,
+            "lr_scale": kind.lr_scale,
+            "name": name if kind.is_expert else "dense",
+            **({"moe": True} if kind.is_expert else {}),
         }
-        for is_expert, exempt, lr_scale in sorted(members)
+        for kind in sorted(members)
     ]
-
-
-def _lr_scale(parameter: Parameter, config: Config) -> float:
-    """1 for dense parameters; "inverse_sqrt_experts" counts the experts of the parameter's own layer."""
-    scale = config.optimizer.expert_lr_scale
-    if parameter.kind != "expert":
-        return 1.0
-    return 1.0 / math.sqrt(parameter.shape[parameter.expert_dim]) if scale == "inverse_sqrt_experts" else float(scale)
 
 
 def nvidia_apex_adam() -> type[torch.optim.Optimizer] | None:

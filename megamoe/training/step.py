@@ -1,6 +1,7 @@
 """One training step and one evaluation pass: micro-batches through Megatron-core's schedule, then the update."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -8,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from torch import Tensor
 
 from megamoe.data.batches import MicroBatch
 from megamoe.model.gpt import GPT
 from megamoe.model.parallel import ParallelGroups
 from megamoe.moe.losses import LossScale
+from megamoe.phases import phase
 from megamoe.training.engine import ScheduleEngine
 
 
@@ -41,8 +43,8 @@ class Schedule:
         self._run = get_forward_backward_func(grid.pipeline, len(self.chunks) if len(self.chunks) > 1 else None)
 
     def losses(self, batch: Batch, *, engine: ScheduleEngine | None) -> Tensor | None:
-        """Language losses [num_micro_batches] (mean nats a token); with `engine` gradients accumulate, without it
-        the pass is forward only."""
+        """Language losses (mean nats a token): with `engine` [num_micro_batches], and gradients accumulate; without it
+        [num_micro_batches, b], of each sequence, and the pass is forward only."""
         results = self._call(batch, partial(_loss_step, engine=engine), forward_only=engine is None)
         return torch.stack(results) if results else None
 
@@ -51,15 +53,16 @@ class Schedule:
         return self._call(batch, _logits_step, forward_only=True) or None
 
     def _call(self, batch: Batch, step_function: Any, *, forward_only: bool) -> list[Tensor]:
-        return self._run(
-            forward_step_func=step_function,
-            data_iterator=self._iterators(batch),
-            model=list(self.chunks),
-            num_microbatches=batch.num_micro_batches,
-            seq_length=self.seq_length,
-            micro_batch_size=self.micro_batch_size,
-            forward_only=forward_only,
-        )
+        with phase("pipeline"), _backward_timed():
+            return self._run(
+                forward_step_func=step_function,
+                data_iterator=self._iterators(batch),
+                model=list(self.chunks),
+                num_microbatches=batch.num_micro_batches,
+                seq_length=self.seq_length,
+                micro_batch_size=self.micro_batch_size,
+                forward_only=forward_only,
+            )
 
     def _iterators(self, batch: Batch) -> list[Iterator[Any]]:
         """One per chunk. Only the first and the last chunk of the model look at tokens: the others read no data."""
@@ -75,23 +78,44 @@ class Schedule:
             yield tokens.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
+@contextmanager
+def _backward_timed() -> Iterator[None]:
+    """All of Megatron-core's schedules call a micro-batch's backward pass by its name in their module."""
+    usual = schedules.backward_step
+    schedules.backward_step = phase("backward")(usual)
+    try:
+        yield
+    finally:
+        schedules.backward_step = usual
+
+
 def _forward(data: Iterator[Any], model: GPT, *, with_labels: bool) -> Tensor:
-    ids = next(data)
+    with phase("data"):
+        ids = next(data)
     tokens, labels = ids if ids is not None else (None, None)
-    return model(tokens, None, None, labels=labels if with_labels and model.post_process else None)
+    with phase("forward"):
+        return model(tokens, None, None, labels=labels if with_labels and model.post_process else None)
 
 
 def _loss_step(data: Iterator[Any], model: GPT, *, engine: ScheduleEngine | None) -> tuple[Tensor, Any]:
     output = _forward(data, model, with_labels=True)
     if engine is not None:
         engine.announce_backward(output)
-    return output, _mean_loss
+    return output, _mean_loss if engine is not None else _sequence_losses
 
 
+@phase("forward")
 def _mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:
     """losses [b, s] -> (what is differentiated, what is reported)."""
     mean = losses.float().mean()
     return mean, mean.detach().clone()
+
+
+@phase("forward")
+def _sequence_losses(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """losses [b, s] -> (what nobody differentiates, what is reported)."""
+    by_sequence = losses.float().mean(dim=1)
+    return by_sequence.mean(), by_sequence
 
 
 def _logits_step(data: Iterator[Any], model: GPT) -> tuple[Tensor, Any]:
@@ -115,5 +139,7 @@ def train_step(
     aux_loss_scale.value = loss_scale / batch.num_micro_batches
     schedule.chunks[0].config.grad_scale_func = (lambda loss: loss * loss_scale) if loss_scale != 1.0 else None
     lm_losses = schedule.losses(batch, engine=engine)
+    engine.finalizer.lm_losses = lm_losses
     was_applied = engine.apply_gradients(learning_rate)
+    engine.finalizer.lm_losses = None
     return StepResult(lm_losses, engine.finalizer.norm, was_applied)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megamoe.training import engine
+from megamoe.topology import updates
 from tests.harness import run_ranks
 from tests.parity.layouts import LAYOUTS, samples
 from tests.parity.ranks import RankOutcome, train_layouts
@@ -14,7 +14,7 @@ BUCKETS = (500, 3000)  # elements: smaller than the embedding, and a handful for
 
 def train_with_bucket(bucket: int | None) -> list[RankOutcome]:
     if bucket is not None:
-        engine.MAX_REDUCE_BUCKET_ELEMENTS = bucket
+        updates.MAX_REDUCE_BUCKET_ELEMENTS = bucket
     configs = [next(layout for layout in LAYOUTS if layout.name == name).config("sgd") for name in LAYOUT_NAMES]
     return train_layouts(configs, [samples(config, 2) for config in configs])
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megamoe.moe import losses, routing
+from megamoe.topology.capacity import expert_capacity
 from tests.parity.gate_reference import gate_of_k, paper_capacity, paper_gate
 
 Logits = list[list[float]]
@@ -51,7 +52,7 @@ def _route(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 PRODUCT = Gate(
-    capacity=lambda num_tokens, num_experts: routing.expert_capacity(num_tokens, num_experts, 2, 1.0),
+    capacity=lambda num_tokens, num_experts: expert_capacity(num_tokens, num_experts, 2, 1.0),
     route=_route,
     balance_loss=lambda probabilities, expert: losses.balance_loss(probabilities, expert, "first_choice"),
 )
@@ -117,7 +118,7 @@ def test_capacity_is_choices_times_the_rounded_share(factor: float) -> None:
         for num_experts in range(2, 10):
             for top_k in (1, 2, 3):
                 expected = top_k * math.ceil(factor * num_tokens / num_experts)
-                assert routing.expert_capacity(num_tokens, num_experts, top_k, factor) == expected
+                assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected
 
 
 def test_gate_of_k_is_the_papers_gate_for_two() -> None:

@@ -16,7 +16,7 @@ def make_experts(num_experts: int, *, gated: bool = False, use_bias: bool = True
         activation="swiglu" if gated else "gelu",
         use_bias=use_bias,
         adds_fc2_bias=adds_fc2_bias,
-        recompute_activation=True,
+        recompute_activation=sizes.get("recompute_activation", True),
         dtype=sizes.get("dtype", torch.float64),
         device="cpu",
     )

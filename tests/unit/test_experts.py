@@ -35,6 +35,24 @@ def test_stacked_experts_are_the_plain_experts(monkeypatch, load, block_elements
         torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("load", LOADS)
+def test_what_is_kept_for_the_backward_pass_is_a_choice_of_memory(load, gated):
+    """The same bits, with what follows the activation [R, f] kept or made again."""
+    results, kept_sizes = [], []
+    for recompute in (False, True):
+        experts = make_experts(4, gated=gated, recompute_activation=recompute, hidden=6, ffn=11)
+        buffer, _, leaves, seed = plain_experts(experts, LOADS[load])
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            y = experts(buffer, LOADS[load])
+        kept_sizes.append(sum(tensor.numel() for tensor in kept))
+        results.append([y, *torch.autograd.grad(y, leaves, seed)])
+    assert kept_sizes[0] - kept_sizes[1] == 11 * sum(LOADS[load])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def plain_experts(experts: StackedExperts, counts: list[int]):
     """Rows for each expert, what plain linear maps make of them, all leaves, and a gradient to start from."""
     generator, dtype = torch.Generator().manual_seed(8), experts.fc1.weight.dtype

@@ -4,8 +4,8 @@ All contestants share one process, the same tokens, weights and router, and take
 to round, so that a machine that slows down hurts all alike. Ratios are medians over the rounds of one round's ratio.
 Steps beside which other processes computed are repeated while --patience lasts; "others" is what they took of the
 cores during the steps that count. Above a few percent believe the column of best times, or neither; there,
-`--threads 1 --clock cpu` still compares. Fresh gradients of hundreds of MiB cost a page fault for every 4 KiB; all
-contestants run on huge pages, as ranks of `megamoe train` do (THP_MEM_ALLOC_ENABLE=0 in the environment: without).
+`--threads 1 --clock cpu` still compares. All contestants run on huge pages, in a process that keeps large blocks that
+it frees, as ranks of `megamoe train` do (without: THP_MEM_ALLOC_ENABLE=0 MALLOC_MMAP_MAX_=65536 in the environment).
 
     python tools/benchmarks/moe_layer.py                                    # everything; bf16 takes long on a CPU
     python tools/benchmarks/moe_layer.py --dtypes fp32 --shapes 4096,64,512,1024,2 --sections speed
@@ -29,13 +29,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as megamoe's launcher sets it; read when torch is first used
-
 import moe_layer_competitors as competitors
 import moe_layer_measures as measures
 import torch
 from moe_layer_competitors import CannotRun, Contestant, Problem, Shape, demand, impose_load, make_problem
 from moe_layer_measures import Patience, Row, compare, timed
+
+from megamoe.host_memory import keep_freed_memory
 
 SHAPES = ("4096,8,512,2048,2", "4096,64,512,1024,2", "8192,512,256,512,2", "4096,64,512,512,8")
 QUICK_SHAPES = ("256,8,32,64,2", "256,64,32,32,8")
@@ -146,9 +146,7 @@ def speed_builds(problem: Problem, options: argparse.Namespace) -> dict[str, Bui
         builds[f"ours, {mode}"] = partial(competitors.ours, problem, **dropless)
         for activation in (False, True):
             name = f"floor: per expert{' + activation' if activation else ''}, {mode}"
-            builds[name] = partial(
-                measures.floor_per_expert, problem, **dropless, **accumulate, activation=activation
-            )
+            builds[name] = partial(measures.floor_per_expert, problem, **dropless, **accumulate, activation=activation)
         builds[f"floor: batched, {mode}"] = partial(measures.floor_batched, problem, **dropless, **accumulate)
         builds[f"ours, {mode}, without experts"] = partial(measures.without_experts, problem, **dropless)
         if not problem.gated:
@@ -160,9 +158,7 @@ def speed_builds(problem: Problem, options: argparse.Namespace) -> dict[str, Bui
     else:
         builds["tutel, capacity"] = partial(competitors.tutel, problem)
     mine = ("ours", "floor")
-    return {
-        name: b for name, b in builds.items() if name.startswith(mine) or name.split(",")[0] in options.competitors
-    }
+    return {name: b for name, b in builds.items() if name.startswith(mine) or name.split(",")[0] in options.competitors}
 
 
 def speed(problem: Problem, dtype: str, options: argparse.Namespace, report: Report) -> None:
@@ -346,6 +342,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the benchmark; 0, also where goals are missed."""
     options = parse_arguments()
+    keep_freed_memory()  # as every rank does, before the first tensor
     warnings.filterwarnings("ignore")
     competitors.join_world()
     torch.set_num_threads(options.threads)  # an engine may have changed it
