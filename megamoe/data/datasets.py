@@ -8,6 +8,7 @@ blocks run across documents and the first input of a block is the last label of 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -70,8 +71,10 @@ class BlendedDataset:
     epochs at its own pace, so a block is never repeated before its corpus has been seen whole.
     """
 
-    def __init__(self, members: Sequence[BlockDataset], weights: Sequence[float]) -> None:
+    def __init__(self, members: Sequence[BlockDataset], weights: Sequence[float], names: Sequence[str] = ()) -> None:
+        """`names` are those of the members, where results are told by corpus."""
         self.num_samples = sum(member.num_samples for member in members)
+        self.corpus_names = tuple(names)
         self._members = tuple(members)
         self._blend = Blend(tuple(weights))
 
@@ -131,7 +134,7 @@ def open_splits(data: DataConfig, *, seq_length: int, vocab_size: int, seed: int
             )
             for number, (corpus, cut) in enumerate(zip(opened, cuts, strict=True))
         ]
-        return BlendedDataset(members, weights)
+        return BlendedDataset(members, weights, corpus_names(data.train))
 
     held_out = {
         name: open_blend(own[name], seq_length=seq_length, vocab_size=vocab_size) if own[name] else blend(split, None)
@@ -150,7 +153,22 @@ def open_blend(corpora: Sequence[Corpus], *, seq_length: int, vocab_size: int) -
         opened = _open(corpus, vocab_size)
         blocks = cut_blocks(opened, [1.0], seq_length)[0]
         members.append(BlockDataset(opened, blocks, seq_length=seq_length, vocab_size=vocab_size))
-    return BlendedDataset(members, [corpus.weight for corpus in corpora])
+    return BlendedDataset(members, [corpus.weight for corpus in corpora], corpus_names(corpora))
+
+
+def corpus_names(corpora: Sequence[Corpus]) -> tuple[str, ...]:
+    """What metrics call the corpora of a blend: no two the same; empty for one alone that was given no name."""
+    if len(corpora) == 1 and corpora[0].name is None:
+        return ()
+    names: list[str] = []
+    for corpus in corpora:
+        name = plain = corpus.name or Path(corpus.path).name
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{plain}_{number}"
+        names.append(name)
+    return tuple(names)
 
 
 def _open(corpus: Corpus, vocab_size: int) -> IndexedDataset:

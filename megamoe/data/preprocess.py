@@ -21,10 +21,10 @@ import numpy as np
 from megamoe.config.schema import TokenizerConfig
 from megamoe.data.indexed import IndexedDataset, IndexedWriter, bin_path, idx_path, token_dtype
 from megamoe.data.manifest import read_manifest, same_inputs, write_manifest
-from megamoe.data.progress import Progress
 from megamoe.data.readers import Chunk, Source, TxtDocuments, document_text, find_sources, read_chunks
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer
 from megamoe.errors import DataError
+from megamoe.progress import StatusLine
 
 Rules = Literal["document", "paper"]
 CHUNK_BYTES = 1 << 19
@@ -78,7 +78,7 @@ def preprocess(settings: PreprocessSettings, log: TextIO = sys.stderr) -> bool:
     if _is_done(settings, description, log):
         return False
     started = time.monotonic()
-    progress = Progress(log, total_bytes=sum(source.size_bytes for source in sources))
+    progress = _Progress(log, total_bytes=sum(source.size_bytes for source in sources))
     chunks = read_chunks(sources, settings.txt_documents, CHUNK_BYTES)
 
     def publish_manifest() -> None:
@@ -98,7 +98,31 @@ def preprocess(settings: PreprocessSettings, log: TextIO = sys.stderr) -> bool:
     return True
 
 
-def _report(settings: PreprocessSettings, writer: IndexedWriter, progress: Progress, seconds: float) -> None:
+class _Progress:
+    """Counts documents and text bytes and shows their rates."""
+
+    def __init__(self, stream: TextIO, total_bytes: int) -> None:
+        """`total_bytes` is the size of the input files as they lie on disk."""
+        self.text_bytes = self.num_documents = 0
+        self._line, self._started, self._total_bytes = StatusLine(stream), time.monotonic(), max(total_bytes, 1)
+
+    def add(self, num_documents: int, text_bytes: int, source_bytes: int) -> None:
+        """Count finished work; `source_bytes` is the position reached in the inputs."""
+        self.num_documents += num_documents
+        self.text_bytes += text_bytes
+        if self._line.is_due:
+            seconds = time.monotonic() - self._started
+            self._line.show(
+                f"{100 * source_bytes / self._total_bytes:3.0f}%  {self.num_documents} documents  "
+                f"{self.text_bytes / 1e6:.1f} MB  {self.num_documents / seconds:.0f} docs/s  "
+                f"{self.text_bytes / 1e6 / seconds:.2f} MB/s"
+            )
+
+    def finish(self, message: str) -> None:
+        self._line.end(message)
+
+
+def _report(settings: PreprocessSettings, writer: IndexedWriter, progress: _Progress, seconds: float) -> None:
     workers = f"{settings.num_workers} worker{'s' if settings.num_workers > 1 else ''}"
     progress.finish(
         f"{bin_path(settings.output)}: {writer.num_documents} documents, {writer.num_tokens} tokens "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megamoe.config.schema import TokenizerConfig
+from megamoe.data import protobuf
 from megamoe.errors import DataError
 
 # The first four ids of fairseq's dictionary, used by the byte tokenizer and by sentencepiece models that we train.
@@ -182,7 +183,7 @@ def _parse_vocab(path: Path, content: bytes) -> dict[str, int]:
         raise DataError(f"{path} is damaged: it must map tokens to the ids 0, 1, 2, ... each used once")
     if GPT2_END_OF_DOCUMENT not in vocab:
         raise DataError(f"{path} has no token {GPT2_END_OF_DOCUMENT}, which marks ends of documents")
-    missing = [character for character in _byte_characters() if character not in vocab]
+    missing = [character for character in byte_characters() if character not in vocab]
     if missing:
         raise DataError(f"{path} lacks {len(missing)} of the 256 byte tokens, the first is {missing[0]!r}")
     return vocab
@@ -206,7 +207,7 @@ def _parse_merges(path: Path, content: bytes, vocab: dict[str, int]) -> list[tup
     return merges
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable characters that stand for the 256 bytes in GPT-2's files (openai/gpt-2, `bytes_to_unicode`)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
@@ -226,31 +227,12 @@ def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 def _protobuf_fields(content: bytes) -> set[int]:
-    """Numbers of the length-delimited fields at the top of a protobuf message; empty if it is none.
+    """Numbers of the fields at the top of a protobuf message of length-delimited ones; empty if it is none.
 
     The library itself accepts a file that ends between two fields, and then makes other ids with what is left.
     """
-    fields = set()
-    at = 0
     try:
-        while at < len(content):
-            tag, at = _varint(content, at)
-            length, at = _varint(content, at)
-            at += length
-            if tag & 7 != 2:
-                return set()
-            fields.add(tag >> 3)
+        found = {(number, wire) for number, wire, _ in protobuf.fields(content)}
     except IndexError:
         return set()
-    return fields if at == len(content) else set()
-
-
-def _varint(content: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value, at
+    return {number for number, _ in found} if all(wire == protobuf.BYTES for _, wire in found) else set()

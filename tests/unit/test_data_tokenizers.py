@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megamoe.config.schema import TokenizerConfig
 from megamoe.data.manifest import check_tokenizer, write_manifest
 from megamoe.data.tokenizer_training import TrainingSettings, train_tokenizer
-from megamoe.data.tokenizers import _byte_characters, build_tokenizer
+from megamoe.data.tokenizers import build_tokenizer, byte_characters
 from megamoe.errors import DataError
 
 TEXTS = [
@@ -62,7 +62,7 @@ def config(request, corpus, tmp_path_factory) -> TokenizerConfig:
 
 
 def write_gpt2_files(folder: Path) -> None:
-    tokens = [*_byte_characters(), "th", "the", "Ġthe", "in", "<|endoftext|>"]
+    tokens = [*byte_characters(), "th", "the", "Ġthe", "in", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\nĠ the\ni n\n", encoding="utf-8")
 

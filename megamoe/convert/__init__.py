@@ -1,0 +1,1 @@
+"""Conversion between megamoe checkpoints and other formats: tables of links, proved before a byte moves. No torch."""

@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Convert checkpoints to and from other formats: the same as `megamoe convert`. See docs/convert.md."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+from megamoe.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))
