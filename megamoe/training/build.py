@@ -16,19 +16,21 @@ from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.layer import EvaluationMode
 from megamoe.moe.losses import LossScale
 from megamoe.moe.statistics import LoadStatistics
+from megamoe.phases import phase
 from megamoe.topology.parameters import param_table
 from megamoe.training.engine import ScheduleEngine, create_engine
 from megamoe.training.groups import create_groups, destroy_groups
 from megamoe.training.lr_schedule import learning_rate
 from megamoe.training.optimizer import build_optimizer
+from megamoe.training.spikes import SpikeJudge
 from megamoe.training.step import Batch, Schedule, StepResult, train_step
 
 
 @dataclass
 class Trainer:
     """All that a run needs on one rank. `step` counts optimizer steps, skipped ones too; `samples`
-    consumed sequences; `skipped_steps` steps whose gradient was not finite; `monitoring_run_id` is the tracking
-    service's, if one is used."""
+    consumed sequences, those of skipped and rolled-back steps too; `skipped_steps` steps whose update was not applied;
+    `judge` guards against spikes, if that is on; `monitoring_run_id` is the tracking service's, if one is used."""
 
     config: Config
     groups: ParallelGroups
@@ -43,13 +45,15 @@ class Trainer:
     step: int = 0
     samples: int = 0
     skipped_steps: int = 0
+    judge: SpikeJudge | None = None
     monitoring_run_id: str | None = None
 
     def train_step(self, batch: Batch, global_batch_size: int) -> StepResult:
         """Advance by one optimizer step over `batch`, this rank's share of global_batch_size sequences."""
         rate = learning_rate(self.config.optimizer, self.step + 1, self.config.run.num_steps)
         result = train_step(self.schedule, self.engine, self.aux_loss_scale, batch, rate)
-        self.balance_bias.update((self.groups.tensor, self.groups.data), was_applied=result.was_applied)
+        with phase("update"):
+            self.balance_bias.update((self.groups.tensor, self.groups.data), was_applied=result.was_applied)
         self.step += 1
         self.samples += global_batch_size
         return result
@@ -64,7 +68,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor | None:
-        """Language losses of `batch`'s micro-batches, on the last stage; weights and statistics stay as they are."""
+        """Language losses [num_micro_batches, b] of `batch`'s sequences, on the last stage; weights and statistics stay
+        as they are."""
         with self.evaluating():
             return self.schedule.losses(batch, engine=None)
 
@@ -100,6 +105,7 @@ def build_trainer(config: Config, device: torch.device, *, launched_ranks_per_no
     chunks = build_model_chunks(
         config,
         groups,
+        device,
         loss_scale=aux_loss_scale,
         statistics=statistics,
         evaluation=evaluation,
@@ -111,6 +117,10 @@ def build_trainer(config: Config, device: torch.device, *, launched_ranks_per_no
     fill_initial(parameters, config.run.seed)
     engine = create_engine(chunks, parameters, build_optimizer(parameters, config), config, groups)
     schedule = Schedule(chunks, groups, config.model.seq_length, config.run.micro_batch_size, device)
-    return Trainer(
+    trainer = Trainer(
         config, groups, chunks, parameters, engine, schedule, aux_loss_scale, statistics, evaluation, balance_bias
     )
+    if config.guard.action != "disabled":
+        trainer.judge = judge = SpikeJudge(config)
+        engine.finalizer.refuse = lambda loss, norm: judge.refuses(trainer.step + 1, loss, norm)
+    return trainer
