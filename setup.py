@@ -16,6 +16,11 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megamoe", "megamoe.*"]),
+    package_data={
+        "megamoe.plan": ["*.yaml", "clusters/*.yaml"],
+        "megamoe.report": ["*.css", "*.js"],
+        "megamoe.submit": ["job.sbatch"],
+    },
     python_requires=">=3.10,<3.13",
     install_requires=[
         "torch>=2.6",
@@ -32,13 +37,18 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
+        "tensorboard": ["tensorboard>=2.15"],  # for monitor.tensorboard
+        "hf": ["transformers>=5.0"],  # to verify conversions, and for `import megamoe.hf`
+        "report": ["matplotlib>=3.8"],  # for the PNGs of `megamoe report`; its page needs nothing
         "dev": [
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "mypy>=1.10",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "ruff>=0.6",
-            "transformers>=4.45",
+            "tensorboard>=2.15",
+            "transformers>=5.0",
         ],
     },
     entry_points={"console_scripts": ["megamoe=megamoe.cli:main"]},

@@ -12,21 +12,35 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megamoe import __version__
+from megamoe.arguments import add_config_arguments, positive
+from megamoe.attempt_commands import add_attempt_commands, train_again
 from megamoe.checkpoint_commands import add_checkpoint_commands
+from megamoe.convert_commands import add_convert_commands
 from megamoe.errors import MegamoeError
+from megamoe.plan_commands import add_plan_commands
+from megamoe.preflight_commands import add_preflight_commands
+from megamoe.report_commands import add_report_commands
+from megamoe.submit_commands import add_submit_commands
+from megamoe.surgery_commands import add_surgery_commands
 
 if TYPE_CHECKING:
     from megamoe.config.schema import Config
     from megamoe.launch.environment import RankEnvironment
 
+EXIT_CODE_FILE = "MEGAMOE_EXIT_CODE_FILE"
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
-_SOURCE_HELP = "a preset's name (see `megamoe presets`) or a YAML file"
-_OVERRIDE_HELP = "settings that win over it; values are YAML"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` default to those of the process."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
+    exit_code = _run(options)
+    if exit_code and options.command is _train:
+        _leave_exit_code(exit_code)
+    return exit_code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         exit_code = options.command(options)
         sys.stdout.flush()
@@ -39,6 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _leave_exit_code(exit_code: int) -> None:
+    """For a batch script whose launcher has exit codes of its own: the first rank to end by itself says which."""
+    path = os.environ.get(EXIT_CODE_FILE)
+    if path is None:
+        return
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(f"{exit_code}\n")
+    except OSError:  # another rank was first; or the file cannot be written, and the launcher's code has to do
+        pass
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "print a whole configuration, every default filled in",
         "example:\n  megamoe show moe-15b run.num_steps=1000 parallel.expert_parallel_size=8 > my_run.yaml",
     )
-    _add_config_arguments(show)
+    add_config_arguments(show)
     show.add_argument(
         "--json", action="store_true", help="print JSON, with the parameter counts beside the configuration"
     )
@@ -90,14 +116,24 @@ def _parser() -> argparse.ArgumentParser:
         "  torchrun --nproc-per-node 8 -m megamoe train my_run.yaml\n"
         "  srun --ntasks-per-node 8 megamoe train my_run.yaml",
     )
-    _add_config_arguments(train)
+    add_config_arguments(train)
     train.add_argument(
         "--local-ranks",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="start N ranks on this machine; without it this process is the only rank, or one of torchrun's or srun's",
     )
+    train.add_argument(
+        "--restarts", type=positive, metavar="K", help="with --local-ranks: start them again after failures, K times"
+    )
+    add_attempt_commands(commands)
+    add_preflight_commands(commands)
+    add_plan_commands(commands)
+    add_submit_commands(commands)
     add_checkpoint_commands(commands)
+    add_convert_commands(commands)
+    add_surgery_commands(commands)
+    add_report_commands(commands)
     return parser
 
 
@@ -113,17 +149,6 @@ def _add_command(
     )
     parser.set_defaults(command=run, parser=parser)
     return parser
-
-
-def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="CONFIG|PRESET", help=_SOURCE_HELP)
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help=_OVERRIDE_HELP)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'"{text}" is not a whole number of at least 1')
-    return int(text)
 
 
 def _num_parameters(config: "Config") -> tuple[int, int]:
@@ -201,8 +226,8 @@ def _derived_sizes(config: "Config") -> dict[str, int]:
 
 def _completed_steps(config: "Config") -> int:
     """Steps that a resumed run has behind it, read before any rank is started."""
+    from megamoe.runs.run_folder import resumable_manifest
     from megamoe.training.checkpoint_state import check_same_model
-    from megamoe.training.run_folder import resumable_manifest
 
     found = resumable_manifest(config.run.dir) if config.checkpoint.resume else None
     if found is None:
@@ -246,22 +271,38 @@ def _train(options: argparse.Namespace) -> int:
         if environment.rank == 0:
             print(f"{config.run.dir} is complete: step {done} of {config.run.num_steps}. Nothing to do.")
         return 0
+    if options.restarts:
+        if not options.local_ranks:
+            options.parser.error("--restarts is for --local-ranks: a job's script restarts other ranks")
+        once = argparse.Namespace(**vars(options) | {"restarts": None})
+        return train_again(lambda: _train(once), config.run.dir, options.restarts)
     payload = {"config": config.model_dump(mode="json")}
 
     if options.local_ranks:
         from megamoe.launch.local import run_local
+        from megamoe.runs.attempts import current_attempt
+        from megamoe.runs.failures import conclude
 
+        attempt = current_attempt(config.run.dir)
         result = run_local(
             "megamoe.training.main:run_rank",
-            payload,
+            payload | {"attempt": attempt},
             num_ranks=options.local_ranks,
             preload=("megamoe.training.main",),
             timeout_seconds=None,
             grace_seconds=3.0,
             stop_seconds=config.parallel.timeout_seconds + config.checkpoint.save_timeout_seconds,
         )  # which has printed why, if it failed
+        if (failure := result.failure) is not None:
+            conclude(
+                config.run.dir, attempt, kind=failure.kind, rank=failure.rank, message=failure.message,
+                exit_code=failure.exit_code, num_ranks=options.local_ranks,
+            )  # fmt: skip
         return result.exit_code
 
+    from megamoe.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     from megamoe.training.main import run_rank
 
     run_rank(payload)

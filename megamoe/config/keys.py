@@ -82,6 +82,7 @@ _ALIASES = {
     "checkpoint.keep_every_steps": ("keep_interval", "keep_interval_updates", "save_retain_interval"),
     "checkpoint.async_save": ("use_async_save", "async_checkpoint"),
     "checkpoint.load_from": ("finetune", "finetune_from_model", "pretrained_checkpoint", "init_from"),
+    "watchdog.hang_timeout_seconds": ("hang_timeout", "heartbeat_timeout", "watchdog_timeout", "hang_seconds"),
     "monitor.log_interval_steps": ("log_interval", "logging_steps", "log_every"),
     "run.dir": ("output_dir", "save_dir", "run_dir", "out_dir"),
     "run.num_steps": ("steps", "max_steps", "train_iters", "train_steps", "max_update", "max_iters", "num_iterations"),

@@ -153,7 +153,7 @@ def _source_layers(source: str) -> list[_Layer]:
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise ConfigError(f'no file "{source}", nor a preset of that name: {_nearest_preset(path.stem)}')
         raise ConfigError(f'no preset or file "{source}": {_nearest_preset(source)}')
-    tree = _read_file(path)
+    tree = read_settings(path)
     layers = []
     if "preset" in tree:
         name = tree.pop("preset")
@@ -162,7 +162,8 @@ def _source_layers(source: str) -> list[_Layer]:
     return [*layers, _Layer({key: {} if value is None else value for key, value in tree.items()}, source)]
 
 
-def _read_file(path: Path) -> dict[Any, Any]:
+def read_settings(path: Path) -> dict[Any, Any]:
+    """The groups of settings in a YAML file, nothing checked. Raises ConfigError where it cannot be read as such."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -67,7 +67,7 @@ class MoEConfig(Section):
     shared_expert_mix: Literal["add", "sigmoid_gate", "residual"] = "add"
     # how its output joins the routed one: their sum; the sum after a learned gate on it; a learned weight for each
     recompute_activation: bool = True
-    # GPUs: of an expert's FFN keep only what enters the activation, and apply that again in backward; CPUs always do
+    # of an expert's FFN keep only what enters the activation, and apply that again in the backward pass
     dropless: bool = False
     capacity_factor: Annotated[float, Field(gt=0.0)] = 1.0
     # capacity of one expert for one rank's micro-batch of S tokens: top_k * ceil(S / experts * capacity_factor)
@@ -142,6 +142,7 @@ class Corpus(Section):
 
     path: str
     weight: Annotated[float, Field(gt=0.0)] = 1.0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] | None = None  # in metrics; None: end of the path
 
 
 class TokenizerConfig(Section):
@@ -178,16 +179,78 @@ class CheckpointConfig(Section):
     replica_check_interval_steps: CountOrZero = 100  # compare what must be equal on several ranks; 0: never
 
 
+class WatchdogConfig(Section):
+    """When a run that stands still is ended, and its ranks' stacks are written."""
+
+    enabled: bool = True
+    hang_timeout_seconds: Annotated[float, Field(gt=0.0)] | None = None
+    # longest time without progress, or without a rank's heartbeat; None: half of parallel.timeout_seconds
+    slow_timeout_seconds: Annotated[float, Field(gt=0.0)] = 1_800.0
+    # longest time without progress while a run loads, goes through its first step, saves, validates, samples or ends
+    poll_seconds: Annotated[float, Field(gt=0.0)] = 1.0  # between heartbeats; at most a third of the timeout is used
+
+
 class MonitorConfig(Section):
-    """What is printed and recorded while a run goes on."""
+    """What is printed and recorded while a run goes on. Variables WANDB_... that are set win over wandb_... here."""
 
     log_interval_steps: PositiveInt = 10
+    expert_load_interval_steps: CountOrZero = 100
+    # tokens by expert and layer, summed over so many steps, with the next line of metrics; 0: never
     progress_bar: bool = True  # only ever drawn on a terminal
-    wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
+    peak_flops_per_second: Annotated[float, Field(gt=0.0)] | None = None  # of one device; None: if it is known
+    wandb_mode: Literal["disabled", "offline", "online"] = "offline"
     wandb_project: str = "megamoe"
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    wandb_job_type: str = "train"
+    wandb_tags: tuple[str, ...] = ()
     wandb_name: str | None = None
+    wandb_notes: str | None = None
+    wandb_timeout_seconds: Annotated[float, Field(gt=0.0)] = 60.0
+    # longest wait for the service before the run is offline, and for all to be sent when training has ended
+    wandb_artifacts: bool = False  # tell of each checkpoint: its manifest, and where the rest lies
+    tensorboard: bool = False  # write event files into RUN/tensorboard; needs the package tensorboard
     sample_prompt: str | None = None  # text to continue when training ends; needs data.tokenizer
     num_sample_tokens: CountOrZero = 60
+
+
+class GuardConfig(Section):
+    """What is done about spikes of the loss and about divergence (docs/operations.md). Losses are in nats a token."""
+
+    action: Literal["disabled", "warn", "skip", "roll_back", "stop"] = "warn"
+    # a spike's step: trained on all the same; not applied; undone together with what came after a checkpoint; the last
+    divergence_action: Literal["warn", "roll_back", "stop"] | None = None  # None: as action; where that is skip, stop
+    judge_after_steps: CountOrZero = 100  # of the run: up to there only what is no number is judged
+    window_steps: Annotated[int, Field(ge=8)] = 128  # recent steps that a loss is compared with
+    min_window_steps: Annotated[int, Field(ge=8)] = 32  # no comparison with fewer
+    threshold: Annotated[float, Field(gt=0.0)] = 8.0
+    # a spike is above the window's median by more than so many standard deviations, as its median deviation tells them
+    min_rise: NonNegative = 0.1  # and by more than so much
+    grad_norm_factor: Annotated[float, Field(gt=1.0)] | None = None
+    # a gradient norm above the median of the window's by this factor is a spike, too; None: norms are not judged
+    divergence_steps: PositiveInt = 16  # diverged: the median of so many last losses is above
+    divergence_rise: Annotated[float, Field(gt=0.0)] = 1.0  # the lowest median of a window so far by this,
+    guessing_margin: NonNegative = 1.0  # or the loss of guessing, log(vocab_size), by this
+    max_roll_backs: PositiveInt = 3  # within
+    roll_back_window_steps: PositiveInt = 1_000  # so many steps: one more stops the run
+    min_roll_back_steps: CountOrZero = 0  # take a checkpoint of at least so many steps before the spike
+
+
+class PreflightConfig(Section):
+    """What `megamoe preflight` holds the nodes to before a run begins."""
+
+    meeting_timeout_seconds: Annotated[float, Field(gt=0.0)] = 180.0  # for the last rank to come
+    max_clock_difference_seconds: Annotated[float, Field(gt=0.0)] = 2.0  # from the median node
+    min_relative_compute: Probability = 0.75  # of the median rank's rate of products
+    min_relative_bandwidth: Probability = 0.5  # between neighbours, of the faster links'
+
+
+class RestartConfig(Section):
+    """How often a batch job that failed is queued again, and how many hosts it then avoids."""
+
+    max_attempts: PositiveInt = 50  # attempts that may fail; one that a signal ended with its state saved did not fail
+    max_attempts_without_progress: PositiveInt = 3  # in a row that left no newer checkpoint, whatever ended them
+    max_excluded_hosts: CountOrZero = 4  # hosts found bad that the next attempts do without
 
 
 class BatchSizeRamp(Section):
@@ -223,5 +286,9 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     monitor: MonitorConfig = MonitorConfig()
+    guard: GuardConfig = GuardConfig()
+    preflight: PreflightConfig = PreflightConfig()
+    restart: RestartConfig = RestartConfig()
     run: RunConfig = RunConfig()

@@ -4,10 +4,12 @@ Messages use the last part of a key, as in `expert_parallel_size 8 does not divi
 unique in the tree. Types and bounds of single keys are the schema's.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from megamoe.config.exchange import check_exchange, check_nodes
+from megamoe.config.guarding import check_guard
 from megamoe.config.routing import check_router
 from megamoe.config.schema import Config
 from megamoe.config.structure import check_dense, check_structure, common_divisor_of_experts, expert_counts
@@ -30,6 +32,9 @@ def validate(config: Config, world_size: int | None = None) -> None:
     _check_optimizer(config)
     _check_data(config)
     _check_batch(config)
+    check_guard(config)
+    _check_restart(config)
+    _check_watchdog(config)
     if world_size is not None:
         _check_world(config, world_size)
 
@@ -39,6 +44,17 @@ def validate_for_training(config: Config, world_size: int | None = None) -> None
     validate(config, world_size)
     if not config.data.train:
         raise ConfigError("data.train is empty: name an indexed dataset, as in data.train=[{path: data/my_text}]")
+    if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "monitor.tensorboard needs the package tensorboard, which is not installed: pip install tensorboard, or "
+            "set monitor.tensorboard false"
+        )
+
+
+def hang_timeout_seconds(config: Config) -> float:
+    """The longest time without progress."""
+    chosen = config.watchdog.hang_timeout_seconds
+    return chosen if chosen is not None else config.parallel.timeout_seconds / 2
 
 
 def divisors(number: int) -> list[int]:
@@ -280,6 +296,25 @@ def _check_batch(config: Config) -> None:
         raise ConfigError(
             f"batch_size_ramp.increment {ramp.increment} does not lead from batch_size_ramp.start {ramp.start} to "
             f"global_batch_size {run.global_batch_size}: use {_listed(valid)}"
+        )
+
+
+def _check_restart(config: Config) -> None:
+    restart = config.restart
+    if restart.max_attempts_without_progress > restart.max_attempts:
+        raise ConfigError(
+            f"max_attempts_without_progress {restart.max_attempts_without_progress} is above max_attempts "
+            f"{restart.max_attempts}: use 1 to {restart.max_attempts}"
+        )
+
+
+def _check_watchdog(config: Config) -> None:
+    """A collective that times out says less than the watchdog: who did not come."""
+    chosen, collective = config.watchdog.hang_timeout_seconds, config.parallel.timeout_seconds
+    if config.watchdog.enabled and chosen is not None and chosen >= collective:
+        raise ConfigError(
+            f"hang_timeout_seconds {chosen:g} is not below parallel.timeout_seconds {collective:g}: use less, or null "
+            "for half of it"
         )
 
 

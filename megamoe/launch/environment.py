@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import tempfile
 import uuid
@@ -12,6 +13,7 @@ from typing import Literal
 from megamoe.errors import TopologyError
 
 LOCAL_INIT_METHOD = "MEGAMOE_INIT_METHOD"  # set by megamoe.launch.local in every rank that it starts
+NODE_NAME = "MEGAMOE_NODE_NAME"  # wins over what the machine says: several nodes played on one machine
 FIRST_SLURM_PORT, NUM_SLURM_PORTS = 20_000, 10_000
 
 
@@ -60,6 +62,11 @@ def rank_environment(env: Mapping[str, str] = os.environ) -> RankEnvironment:
         return _from_slurm(env)
     path = os.path.join(tempfile.gettempdir(), f"megamoe-one-rank-{uuid.uuid4().hex}")
     return RankEnvironment(0, 1, 0, 1, f"file://{path}", "single")
+
+
+def node_name(env: Mapping[str, str] = os.environ) -> str:
+    """What this machine is called where nodes are told apart: SLURM's name of it, else its host name."""
+    return env.get(NODE_NAME) or env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def expand_node_list(node_list: str) -> list[str]:

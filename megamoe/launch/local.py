@@ -105,9 +105,6 @@ class RankServer:
         # What imports start would not survive the fork: threads of numeric libraries, and CUDA, which torch must be
         # told to look for without touching it.
         variables = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        # Large tensors on huge pages: an MoE layer of 512 experts is a quarter faster (docs/benchmarks.md). torch
-        # reads it once, at the first tensor, which may be before the fork.
-        variables |= {"THP_MEM_ALLOC_ENABLE": "1"}
         variables |= os.environ if environment is None else environment
         variables |= {"OPENBLAS_NUM_THREADS": "1", SEARCH_PATH: json.dumps(sys.path)}
         with theirs:
@@ -336,7 +333,8 @@ class _Launch:
             return stopped_by(self.forwarded)
         # Ends that we brought about ourselves are no causes; some end was there before. Nor is an obeyed signal.
         causes = {rank: end for rank, end in failed.items() if not self._ended_by_us(end)} or failed
-        causes = {rank: end for rank, end in causes.items() if end["kind"] != "interrupted"} or causes
+        for kind in ("interrupted", "consequence"):
+            causes = {rank: end for rank, end in causes.items() if end["kind"] != kind} or causes
         rank = min(causes, key=lambda rank: self._began(causes[rank]))
         return self._failure_of(rank, causes[rank])
 
@@ -357,7 +355,7 @@ class _Launch:
             return Failure("interrupted", rank, end["message"], end["exit_code"])
         if end["kind"] == "user":
             return Failure("user", rank, end["message"], end["exit_code"], end["traceback"], output)
-        if end["kind"] == "exception":
+        if end["kind"] in ("exception", "consequence"):
             message = f"Rank {rank} failed:"
             return Failure("exception", rank, message, end["exit_code"], end["traceback"], output)
         if end["kind"] == "killed":

@@ -28,7 +28,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megamoe.errors import MegamoeError
+from megamoe.errors import MegamoeError, PeerLost
+from megamoe.host_memory import keep_freed_memory
 
 STACKS_SIGNAL = signal.SIGUSR2  # a rank that gets it writes the stacks of its threads to stacks_path()
 HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, STACKS_SIGNAL}
@@ -50,6 +51,47 @@ def stacks_path(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.stacks"
 
 
+_own_end: tuple[Path, int] | None = None  # where this process, if it is a rank of ours, tells of its end
+_ending = threading.Lock()  # whichever thread ends this process, ends it alone
+
+
+def end_process(error: MegamoeError, *, say: bool = False) -> NoReturn:
+    """End this process from any thread, at once, with this error's exit code.
+
+    The launcher of this machine, if there is one, hears of the error as of one that was raised; else, with `say`, its
+    message is printed.
+    """
+    ended = describe_exception(error)
+    if _own_end is None:
+        if say:
+            os.write(2, f"megamoe: error: {error}\n".encode())
+        ended = {"exit_code": error.exit_code}
+    end_rank(ended)
+
+
+def end_rank(ended: dict[str, Any]) -> NoReturn:
+    _ending.acquire()
+    try:
+        if _own_end is not None:
+            path = end_path(*_own_end)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(ended), encoding="utf-8")
+            partial.rename(path)
+        if ended["exit_code"] == 0:
+            atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
+    finally:
+        os._exit(ended["exit_code"])
+
+
+def _flush(stream: Any) -> None:
+    """Not waiting for a thread that holds the stream."""
+    flusher = threading.Thread(target=stream.flush, daemon=True)
+    flusher.start()
+    flusher.join(1.0)
+
+
 def call_entry(entry: str, payload: Any) -> None:
     """Call "module:function" with the payload."""
     module, _, name = entry.partition(":")
@@ -64,6 +106,8 @@ def describe_exception(error: BaseException) -> dict[str, Any]:
         frames = frames.tb_next
     text = "".join(traceback.format_exception(type(error), error, frames))
     ended = {"time": now, "message": str(error), "traceback": text, "exit_code": 1}
+    if isinstance(error, PeerLost):
+        return ended | {"kind": "consequence"}
     if isinstance(error, MegamoeError):
         return ended | {"kind": "user" if error.is_failure else "interrupted", "exit_code": error.exit_code}
     if isinstance(error, KeyboardInterrupt):
@@ -194,7 +238,8 @@ def kill_group(group: int, number: int) -> None:
 
 def become_rank(request: dict[str, Any], rank: int, server_pid: int) -> NoReturn:
     """The whole life of a forked rank. Never returns into the server's code."""
-    folder = Path(request["folder"])
+    global _own_end
+    _own_end = (Path(request["folder"]), rank)
     try:
         prepare_rank(request, rank, server_pid)
         call_entry(request["entry"], request["payload"])
@@ -202,16 +247,7 @@ def become_rank(request: dict[str, Any], rank: int, server_pid: int) -> NoReturn
         ended = {"kind": "done", "exit_code": 0}
     except BaseException as error:  # told to the launcher
         ended = describe_exception(error)
-    try:
-        partial = end_path(folder, rank).with_suffix(".partial")
-        partial.write_text(json.dumps(ended), encoding="utf-8")
-        partial.rename(end_path(folder, rank))
-        if ended["exit_code"] == 0:
-            atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(ended["exit_code"])
+    end_rank(ended)
 
 
 def prepare_rank(request: dict[str, Any], rank: int, server_pid: int) -> None:
@@ -273,4 +309,5 @@ def main(control_fd: int, launcher_pid: int) -> NoReturn:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # likewise, and where SLURM sends it to every process of a step
     die_with_parent(signal.SIGTERM, launcher_pid)
     set_process_name("megamoe-server")
+    keep_freed_memory()  # the ranks inherit it; imports may make tensors
     Server(socket.socket(fileno=control_fd)).serve()

@@ -21,7 +21,10 @@ _MODEL = (
     "moe.shared_expert_mix",
 )  # fmt: skip
 # What a run may change without being another: nothing about it is worth a line.
-_FREE = ("run.dir", "run.num_steps", "run.device", "parallel.timeout_seconds", "checkpoint.", "monitor.")
+_FREE = (
+    "run.dir", "run.num_steps", "run.device", "parallel.timeout_seconds", "checkpoint.", "guard.", "monitor.",
+    "preflight.", "restart.", "watchdog.",
+)  # fmt: skip
 
 
 def check_same_model(saved: Mapping[str, Any], config: Config, folder: Path, *, with_optimizer: bool) -> None:

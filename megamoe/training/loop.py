@@ -9,12 +9,18 @@ from megamoe.training.build import Trainer
 from megamoe.training.step import Batch, StepResult
 
 
+class RolledBack(Exception):
+    """Raised by a hook, on all ranks, that has taken the trainer back to an earlier step: this one never was."""
+
+
 class Hook(Protocol):
     """Something that happens around steps. Every rank runs every hook, in order; collectives are allowed."""
 
     def on_start(self, trainer: Trainer) -> None: ...
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None: ...
+
+    def on_roll_back(self, trainer: Trainer) -> None: ...
 
     def on_end(self, trainer: Trainer) -> None: ...
 
@@ -43,7 +49,11 @@ def train(trainer: Trainer, dataset: SampleSource, hooks: Sequence[Hook]) -> Non
         batch_size = global_batch_size(trainer.config.run, trainer.samples)
         batch = local_batch(trainer, dataset, trainer.samples, batch_size)
         result = trainer.train_step(batch, batch_size)
-        for hook in hooks:
-            hook.after_step(trainer, result)
+        try:
+            for hook in hooks:
+                hook.after_step(trainer, result)
+        except RolledBack:
+            for hook in hooks:
+                hook.on_roll_back(trainer)
     for hook in hooks:
         hook.on_end(trainer)

@@ -1,15 +1,12 @@
 """The entry of one training rank: everything between a configuration and a finished run."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
-# Before the engines are imported: they warn about every optional CUDA package that a CPU run cannot have.
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
-warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
-# Megatron-core still calls collectives by names that torch is renaming.
-warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
+from megamoe.training import engine_warnings
+
+engine_warnings.silence()  # before the engines are imported
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -19,15 +16,18 @@ from megamoe.config.schema import Config  # noqa: E402
 from megamoe.config.validation import validate_for_training  # noqa: E402
 from megamoe.data.datasets import Splits, open_splits  # noqa: E402
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer  # noqa: E402
-from megamoe.errors import TrainingInterrupted, TrainingStopped  # noqa: E402
-from megamoe.launch.environment import rank_environment  # noqa: E402
+from megamoe.errors import ConfigError, TrainingInterrupted, TrainingStopped  # noqa: E402
+from megamoe.launch.environment import RankEnvironment, rank_environment  # noqa: E402
 from megamoe.model import cpu_bridge  # noqa: E402
 
 cpu_bridge.apply_before_import()
 
-from megamoe.training import run_folder  # noqa: E402
+from megamoe.runs import run_folder  # noqa: E402
+from megamoe.runs.stop_file import StopFile  # noqa: E402
+from megamoe.training.agreement import first_ranks_numbers  # noqa: E402
 from megamoe.training.build import Trainer, build_trainer  # noqa: E402
-from megamoe.training.distributed import initialize_distributed  # noqa: E402
+from megamoe.training.distributed import bound_waits, initialize_distributed  # noqa: E402
+from megamoe.training.guard import LossGuard  # noqa: E402
 from megamoe.training.hooks import ClockRestart, FinalTest, MemoryNote, Reporter, Saver, SkipGuard, Validator  # noqa: E402
 from megamoe.training.interruption import stop_signals_heeded  # noqa: E402
 from megamoe.training.loop import Hook, train  # noqa: E402
@@ -37,15 +37,23 @@ from megamoe.training.replicas import ReplicaCheck  # noqa: E402
 from megamoe.training.restore import Loaded, load_newest, load_weights  # noqa: E402
 from megamoe.training.sampling import Sampler  # noqa: E402
 from megamoe.training.saving import CheckpointSaver  # noqa: E402
+from megamoe.training.supervision import StepMark, Supervision, supervised  # noqa: E402
+from megamoe.training.throughput import run_details  # noqa: E402
 
 
 def run_rank(payload: dict[str, Any]) -> None:
-    """Train as one rank of the world that the environment describes. `payload` is {"config": resolved config}.
+    """Train as one rank of the world that the environment describes. `payload` is {"config": resolved config}, and
+    "attempt" if the launcher has numbered this start.
 
     Raises MegamoeError for what the user must mend.
     """
     config = Config.model_validate(payload["config"])
     environment = rank_environment()
+    with supervised(config, environment, payload.get("attempt")) as supervision:
+        _run(config, environment, supervision)
+
+
+def _run(config: Config, environment: RankEnvironment, supervision: Supervision) -> None:
     validate_for_training(config, environment.world_size)
     splits = open_splits(
         config.data, seq_length=config.model.seq_length, vocab_size=config.model.vocab_size, seed=config.run.seed
@@ -53,20 +61,33 @@ def run_rank(payload: dict[str, Any]) -> None:
     wants_sample = config.monitor.sample_prompt is not None and config.monitor.num_sample_tokens > 0
     tokenizer = build_tokenizer(config.data.tokenizer) if wants_sample else None
     device = initialize_distributed(environment, config.parallel.timeout_seconds)
+    supervision.start(device)
     is_first = environment.rank == 0
+    stop_file = StopFile(config.run.dir)
+    _refuse_while_there(stop_file, device)
     resumable = _checkpoints_to_resume(config, is_first=is_first, device=device)
     trainer = build_trainer(config, device, launched_ranks_per_node=environment.ranks_per_node)
+    bound_waits(config.parallel.timeout_seconds)
+    supervision.progress.stage = "load"
     loaded = _load(trainer, resumable)
     if is_first:
         run_folder.prepare(config)  # not before: a refused resume leaves the folder's record as it was
     dist.barrier()
-    monitor = Monitor(config, is_first=is_first, resume_step=trainer.step, run_id=trainer.monitoring_run_id)
+    monitor = Monitor(config, is_first=is_first, resume_step=trainer.step, run_id=trainer.monitoring_run_id,
+                      details=run_details(config, environment.world_size))  # fmt: skip
     trainer.monitoring_run_id = monitor.run_id
     _say_start(trainer, monitor, splits, loaded)
-    saver = CheckpointSaver(trainer, config.run.dir, monitor.say)
-    hooks = _hooks(config, monitor, splits, tokenizer, saver)
+    supervision.start_event(trainer.step, device)
+    saver = CheckpointSaver(trainer, config.run.dir, monitor.say, monitor.note)
+    if loaded is not None and loaded.is_whole:
+        steps = (run_folder.step_of(folder.name) for folder in resumable)
+        saver.own_steps.update(step for step in steps if step <= trainer.step)
+    if is_first:
+        trainer.engine.finalizer.sees_stop_file = stop_file.was_there
+    progress = supervision.progress
+    hooks = [StepMark(progress, 0), *_hooks(config, monitor, splits, tokenizer, saver), StepMark(progress, 1)]
     with stop_signals_heeded(trainer.engine.finalizer):
-        interruption = _train(trainer, splits, hooks, saver, monitor)
+        interruption = _train(trainer, splits, hooks, saver, monitor, stop_file, supervision)
         # Not after a failure: a rank that took its connections down would make its peers fail before it is heard.
         dist.barrier()
         trainer.close()
@@ -76,20 +97,38 @@ def run_rank(payload: dict[str, Any]) -> None:
 
 
 def _train(
-    trainer: Trainer, splits: Splits, hooks: list[Hook], saver: CheckpointSaver, monitor: Monitor
+    trainer: Trainer,
+    splits: Splits,
+    hooks: list[Hook],
+    saver: CheckpointSaver,
+    monitor: Monitor,
+    stop_file: StopFile,
+    supervision: Supervision,
 ) -> TrainingInterrupted | None:
-    """Train to the end, or until a signal asks for another; returns what that is to be raised as, on every rank."""
+    """Train to the end, or until somebody asks for another; returns what that is to be raised as, on every rank."""
     try:
         train(trainer, splits.train, hooks)
+        _set_aside(stop_file, monitor)
     except TrainingInterrupted as error:
-        monitor.say(str(error))
+        monitor.note("interrupted", str(error), step=trainer.step, reason=error.reason)
+        if error.reason == "stop file":
+            _set_aside(stop_file, monitor)
         return error
-    except TrainingStopped:  # on every rank, too: what is being written is still worth having
+    except TrainingStopped as error:  # on every rank, too: what is being written is still worth having
+        monitor.alert("Training stopped itself", str(error), "ERROR")
         saver.wait()
         raise
     finally:
+        supervision.progress.stage = "close"
         monitor.close()
+    supervision.event("end", f"all {trainer.step} steps are done", step=trainer.step)
     return None
+
+
+def _set_aside(stop_file: StopFile, monitor: Monitor) -> None:
+    failure = stop_file.set_aside() if monitor.is_first else None
+    if failure is not None:
+        monitor.say(failure)
 
 
 def _checkpoints_to_resume(config: Config, *, is_first: bool, device: torch.device) -> list[Path]:
@@ -100,12 +139,13 @@ def _checkpoints_to_resume(config: Config, *, is_first: bool, device: torch.devi
         recover(root)  # also where nothing is resumed: what a crash left must not get in the way of a save
         found = run_folder.resumable_checkpoints(config.run.dir) if config.checkpoint.resume else []
         steps = [run_folder.step_of(folder.name) for folder in found]
-    count = torch.tensor(len(steps), dtype=torch.int64, device=device)
-    dist.broadcast(count, src=0)
-    chosen = torch.tensor(steps or [0] * int(count), dtype=torch.int64, device=device)
-    if int(count):
-        dist.broadcast(chosen, src=0)
-    return [root / run_folder.checkpoint_name(step) for step in chosen.tolist()]
+    return [root / run_folder.checkpoint_name(step) for step in first_ranks_numbers(steps, device=device)]
+
+
+def _refuse_while_there(stop_file: StopFile, device: torch.device) -> None:
+    """Raises ConfigError on all ranks where the first one sees the stop file. Collective."""
+    if first_ranks_numbers([int(stop_file.is_there())], device=device) == [1]:
+        raise ConfigError(f"{stop_file.path} asks this run not to train: remove that file to start it")
 
 
 def _load(trainer: Trainer, resumable: list[Path]) -> Loaded | None:
@@ -121,8 +161,12 @@ def _load(trainer: Trainer, resumable: list[Path]) -> Loaded | None:
 def _hooks(
     config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenizer | None, saver: CheckpointSaver
 ) -> list[Hook]:
-    reporter = Reporter(config.monitor.log_interval_steps, monitor.record, monitor.show_step)
-    hooks: list[Hook] = [SkipGuard(config.run.max_skipped_steps), reporter]
+    reporter = Reporter(
+        config.monitor.log_interval_steps, monitor.record, monitor.show_step,
+        load_interval_steps=config.monitor.expert_load_interval_steps, record_loads=monitor.record_loads,
+    )  # fmt: skip
+    guard = LossGuard(saver, monitor.note, after_roll_back=monitor.go_back_to)
+    hooks: list[Hook] = [guard, SkipGuard(config.run.max_skipped_steps), reporter]
     if config.checkpoint.replica_check_interval_steps:  # before the saver: what differs must not be saved
         hooks.append(ReplicaCheck(config.checkpoint.replica_check_interval_steps))
     if splits.valid is not None and config.run.num_eval_batches:

@@ -1,67 +1,44 @@
-"""Where a run's metrics go: terminal, log file, metrics.jsonl, Weights & Biases. Rank 0 only."""
+"""Where a run's metrics go: terminal, log file, files of the run's folder, and tracking services. Rank 0 only."""
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megamoe.config.schema import Config
-from megamoe.training.metrics import MetricsWriter, ProgressBar, format_line
-
-
-class WandbSink:
-    """Weights & Biases, offline unless asked otherwise; x axis is the step."""
-
-    def __init__(self, config: Config, run_id: str | None) -> None:
-        import wandb
-
-        monitor = config.monitor
-        self._run = wandb.init(
-            project=monitor.wandb_project,
-            name=monitor.wandb_name,
-            mode=monitor.wandb_mode,
-            dir=config.run.dir,
-            config=config.model_dump(mode="json"),
-            # A resumed run goes on in the same curves, if the service has them.
-            **({} if run_id is None else {"id": run_id, "resume": "allow"}),
-        )
-        self.run_id: str | None = getattr(self._run, "id", None)
-
-    def write(self, metrics: Mapping[str, Any]) -> None:
-        self._run.log(dict(metrics), step=metrics["step"])
-
-    def close(self) -> None:
-        self._run.finish()
+from megamoe.runs.events import EVENTS_FILE, append_event
+from megamoe.runs.metrics import EXPERT_LOADS_FILE, MetricsWriter, ProgressBar, format_line
+from megamoe.sinks.specs import tracker_specs, wandb_mode, wandb_run_id
+from megamoe.sinks.tracker import Tracker
+from megamoe.training.report import LayerLoads
 
 
 class Monitor:
     """Rank 0's voice. On other ranks every method does nothing. `run_id` is the tracking service's name of the run."""
 
-    def __init__(self, config: Config, *, is_first: bool, resume_step: int, run_id: str | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        is_first: bool,
+        resume_step: int,
+        run_id: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`run_id` as a checkpoint has it; `details` are told to a tracking service beside the configuration."""
         self.run_id = run_id
-        self.is_first, self._num_steps = is_first, config.run.num_steps
+        self.is_first, self._num_steps, self._run_dir = is_first, config.run.num_steps, config.run.dir
         self._log = None
-        self._tracker: WandbSink | None = None
+        self._trackers: list[Tracker] = []
         if not is_first:
             return
         self._bar = ProgressBar(config.run.num_steps, first_step=resume_step, enabled=config.monitor.progress_bar)
         self._log = open(Path(config.run.dir) / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 (open during the run)
         self._metrics = MetricsWriter(config.run.dir, resume_step=resume_step)
-        if config.monitor.wandb_mode != "disabled":
-            with self._tracking("not used"):
-                self._tracker = WandbSink(config, run_id)
-                self.run_id = self._tracker.run_id
-
-    @contextmanager
-    def _tracking(self, state: str) -> Iterator[None]:
-        """A run must not fail because a tracking service does: it goes on with metrics.jsonl."""
-        try:
-            yield
-        except Exception as error:  # wandb raises many kinds, network errors of other libraries among them
-            logging.getLogger(__name__).debug("wandb failed", exc_info=True)
-            self._tracker = None
-            self.say(f"Weights & Biases is {state}: {error}. Metrics go to metrics.jsonl")
+        self._loads = MetricsWriter(config.run.dir, resume_step=resume_step, name=EXPERT_LOADS_FILE)
+        if wandb_mode(config) != "disabled":
+            self.run_id = wandb_run_id(config, run_id)
+        specs = tracker_specs(config, resume_step=resume_step, run_id=self.run_id, details=details or {})
+        self._trackers = [Tracker(spec, self.say) for spec in specs]
 
     def say(self, text: str) -> None:
         """Print a line and keep it in log.txt."""
@@ -70,25 +47,54 @@ class Monitor:
             self._log.write(text + "\n")
             self._log.flush()
 
+    def note(self, kind: str, message: str, **details: Any) -> None:
+        """Print a line and keep it as an event of the run: see `megamoe.runs.events`."""
+        if not self.is_first:
+            return
+        self.say(message)
+        try:
+            append_event(self._run_dir, kind, message, **details)
+        except OSError as error:
+            self.say(f"{self._run_dir}/{EVENTS_FILE} cannot be written ({error.strerror})")
+        self._wake_trackers()
+
+    def go_back_to(self, step: int) -> None:
+        """Training was taken back to `step`: metrics of later steps are cut off, as at a resume."""
+        if self.is_first:
+            self._metrics.cut_after(step)
+            self._loads.cut_after(step)
+
+    def alert(self, title: str, text: str, level: str = "WARN") -> None:
+        """Tell people, by a tracking service if there is one. `level`: INFO, WARN or ERROR."""
+        self.note("alert", text, title=title, level=level)
+
     def record(self, metrics: dict[str, Any]) -> None:
         """Print and keep a set of metrics; `step` among them."""
         if self.is_first:
             self.say(format_line(metrics, num_steps=self._num_steps))
             self._metrics.write(metrics)
-            if self._tracker is not None:
-                with self._tracking("no longer used"):
-                    self._tracker.write(metrics)
+            self._wake_trackers()
+
+    def record_loads(self, step: int, loads: LayerLoads) -> None:
+        """Keep what each layer's experts were sent; before the metrics of that step are recorded."""
+        if self.is_first:
+            layers = {str(layer): [round(count) for count in counts] for layer, counts in loads.items()}
+            self._loads.write({"step": step, "layers": layers})
 
     def show_step(self, step: int) -> None:
         if self.is_first:
             self._bar.update(step)
 
+    def _wake_trackers(self) -> None:
+        for tracker in self._trackers:
+            tracker.wake()
+
     def close(self) -> None:
         if self._log is None:
             return
-        if self._tracker is not None:
-            with self._tracking("not complete"):
-                self._tracker.close()
+        for tracker in self._trackers:
+            tracker.close()
         self._bar.close()
         self._metrics.close()
+        self._loads.close()
         self._log.close()

@@ -2,7 +2,7 @@
 
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ class LossMeter:
     count: int = 0
 
     def add(self, lm_losses: Tensor | None) -> None:
-        """lm_losses [num_micro_batches], kept on their device: nothing waits here."""
+        """lm_losses of any shape, kept on their device: nothing waits here."""
         if lm_losses is not None:
             self.total = self.total + lm_losses.double().sum()
             self.count += lm_losses.numel()
@@ -120,6 +120,35 @@ def load_metrics(moe: MoEConfig, load: LoadReport) -> dict[str, float]:
     if moe.z_loss_coeff > 0.0:
         metrics["z_loss"] = load.z_loss
     return metrics
+
+
+LayerLoads = Mapping[int, Sequence[float]]  # layer -> tokens that each of its experts was sent, dropped ones too
+
+
+class LoadMeter:
+    """Adds up what reports say of the experts' loads, and passes it on with the first report of each interval."""
+
+    def __init__(self, interval_steps: int, record: Callable[[int, LayerLoads], None]) -> None:
+        self.interval_steps, self.record = interval_steps, record
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        self._sums: dict[int, list[float]] = {}
+        self._interval = step // self.interval_steps if self.interval_steps else 0
+
+    def add(self, step: int, load: LoadReport) -> dict[str, int]:
+        """Where an interval is over, {"dead_experts": those of all layers that got nothing in it}; else nothing."""
+        if not self.interval_steps:
+            return {}
+        for layer, demand in load.by_layer.items():
+            before = self._sums.get(layer, [0.0] * len(demand))
+            self._sums[layer] = [one + other for one, other in zip(before, demand, strict=True)]
+        if step // self.interval_steps == self._interval:
+            return {}
+        sums = self._sums
+        self.begin(step)
+        self.record(step, sums)
+        return {"dead_experts": sum(count == 0 for counts in sums.values() for count in counts)}
 
 
 def _local_rows(statistics: LoadStatistics, num_experts: Mapping[int, int], top_k: int) -> Tensor:

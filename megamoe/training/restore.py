@@ -98,6 +98,8 @@ def load_checkpoint(trainer: "Trainer", folder: Path) -> Loaded:
     state = manifest.state
     trainer.step, trainer.samples, trainer.skipped_steps = state["step"], state["samples"], state["skipped_steps"]
     trainer.monitoring_run_id = state.get("monitoring_run_id")
+    if trainer.judge is not None:
+        trainer.judge.restore(state.get("guard"))
     set_num_optimizer_steps(trainer.engine.basic_optimizer, state["optimizer_steps"])
     notes += changed_settings(manifest.config, trainer.config)
     notes += _restore_scaler(trainer, state["loss_scaler"])
@@ -110,7 +112,12 @@ def load_weights(trainer: "Trainer", folder: Path) -> Loaded:
 
     Collective over all ranks. Raises as `load_checkpoint`.
     """
-    checkpoint = _open(trainer, folder)
+    return load_weights_of(trainer, _open(trainer, folder))
+
+
+def load_weights_of(trainer: "Trainer", checkpoint: Checkpoint) -> Loaded:
+    """`load_weights` from a checkpoint that is open."""
+    folder = checkpoint.folder
     check_same_model(checkpoint.manifest.config, trainer.config, folder, with_optimizer=False)
     kinds = (WEIGHT, MASTER, BALANCE_BIAS)
     pieces = [piece for piece in needed(trainer) if piece.slice.kind in kinds]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megamoe.data.batches import MicroBatch
 from megamoe.data.tokenizers import Tokenizer
+from megamoe.phases import phase
 from megamoe.training.build import Trainer
 from megamoe.training.hooks import BaseHook, Say
 from megamoe.training.step import Batch
@@ -74,6 +75,7 @@ class Sampler(BaseHook):
     def __init__(self, tokenizer: Tokenizer, prompt: str, num_tokens: int, say: Say) -> None:
         self.tokenizer, self.prompt, self.num_tokens, self.say = tokenizer, prompt, num_tokens, say
 
+    @phase("sample")
     def on_end(self, trainer: Trainer) -> None:
         prompt = self.tokenizer.encode(self.prompt) or [self.tokenizer.end_of_document_id]
         drawn = sample_tokens(trainer, prompt, self.num_tokens, temperature=0.8, seed=trainer.config.run.seed)

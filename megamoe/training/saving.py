@@ -20,10 +20,11 @@ from megamoe.checkpoint.layouts import layout_of
 from megamoe.checkpoint.slices import Slice
 from megamoe.checkpoint.writer import write_rank
 from megamoe.errors import CheckpointError, MegamoeError
+from megamoe.phases import phase
+from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
 from megamoe.training.agreement import agreed_nonce, any_of, first_message
 from megamoe.training.host_copy import HostCopy, live_arrays
 from megamoe.training.optimizer_state import num_optimizer_steps
-from megamoe.training.run_folder import checkpoint_name, checkpoints_path
 from megamoe.training.state import owned
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ OVERDUE_SECONDS = 30.0  # beyond the writers' own limit: what is not back then h
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 Say = Callable[[str], None]
+Note = Callable[..., None]  # (kind, message, **details) of an event: see `megamoe.runs.events`
 
 
 @dataclass
@@ -57,14 +59,17 @@ class _Save:
 class CheckpointSaver:
     """Writes checkpoints of one trainer into its run's folder, at most one at a time.
 
-    Every method but `save_memory_bytes` is collective over all ranks. `say` prints a line on rank 0.
+    Every method but `save_memory_bytes` is collective over all ranks. `say` prints a line on rank 0; `note` does so and
+    keeps it as an event of the run.
     """
 
-    def __init__(self, trainer: "Trainer", run_dir: str, say: Say) -> None:
+    def __init__(self, trainer: "Trainer", run_dir: str, say: Say, note: Note | None = None) -> None:
         self.trainer, self.root, self.say = trainer, checkpoints_path(run_dir), say
+        self.note: Note = note if note is not None else lambda kind, message, **_: say(message)
         self.settings = trainer.config.checkpoint
         self.last_step = trainer.step  # of the newest save that was begun: the trainer stands there, or was loaded so
         self.last_failure: str | None = None
+        self.own_steps: set[int] = set()  # whose checkpoints this run has written, or came from: not another run's
         self.stall_seconds = 0.0  # how long training stood still for the last copy
         self._nonce, self._num_saves = agreed_nonce(**self._on()), 0
         self._copy: HostCopy | None = None
@@ -124,15 +129,23 @@ class CheckpointSaver:
             self._report(save)
         elif not save.is_reported:
             self.last_failure = None
+            self.own_steps.add(save.step)
             seconds = time.monotonic() - save.started
-            self.say(f"saved {self.root / checkpoint_name(save.step)} in {seconds:.1f} s")
+            text = f"saved {self.root / checkpoint_name(save.step)} in {seconds:.1f} s"
+            self.note("save", text, step=save.step, seconds=seconds)
 
     def wait(self) -> None:
         """Wait until no save is under way, at most until it is overdue. Raises as `poll` does."""
         while (save := self._save) is not None:
-            if save.thread is not None:
-                save.thread.join(POLL_SECONDS)
-            self.poll()
+            with phase("save"):  # a sign of life each time: this wait has a limit of its own
+                if save.thread is not None:
+                    save.thread.join(POLL_SECONDS)
+                self.poll()
+
+    def forget_after(self, step: int) -> None:
+        """The trainer was taken back to `step`: what it saved later is no state of this run any more."""
+        self.own_steps = {each for each in self.own_steps if each <= step}
+        self.last_step = step
 
     def _on(self) -> dict[str, Any]:
         return {"groups": self.trainer.groups, "device": self.trainer.schedule.device}
@@ -177,8 +190,10 @@ class CheckpointSaver:
     def _fail(self, step: int, reason: str) -> None:
         self.last_failure = f"the checkpoint of step {step} could not be saved: {reason}"
         if self.settings.on_save_failure == "stop":
+            self.note("save_failed", self.last_failure, step=step)
             raise CheckpointError(f"{self.last_failure} (checkpoint.on_save_failure is stop)")
-        self.say(f"{self.last_failure}; training goes on, earlier checkpoints are whole")
+        text = f"{self.last_failure}; training goes on, earlier checkpoints are whole"
+        self.note("save_failed", text, step=step)
 
     def _fails_because_stuck(self) -> bool:
         is_stuck = self._stuck is not None and self._stuck.is_alive()
@@ -213,6 +228,7 @@ def trainer_state(trainer: "Trainer") -> dict[str, Any]:
         "tokens": trainer.samples * trainer.config.model.seq_length,
         "skipped_steps": trainer.skipped_steps,
         "optimizer_steps": num_optimizer_steps(trainer.engine.basic_optimizer),
+        "guard": trainer.judge.state() if trainer.judge is not None else None,
         "loss_scaler": scaler and {name: vars(scaler)[name] for name in SCALER_STATE if name in vars(scaler)},
         "monitoring_run_id": trainer.monitoring_run_id,
     }

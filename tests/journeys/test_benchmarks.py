@@ -103,3 +103,18 @@ def test_checkpoint_compares_like_with_like_and_states_the_peaks():
         state, largest, read, resharded = (float(cell) for cell in line.split("|")[:4])
         assert 0.7 * size_mb < state < 1.3 * size_mb and largest < state
         assert 0 < read < 100 and 0 < resharded < 100 and line.endswith("reached")
+
+
+@pytest.mark.slow
+def test_convert_compares_like_with_like_and_states_bytes_and_peaks():
+    text = benchmark("convert.py", "--size-mb", "8", "--repeats", "2", "--memory-sizes-mb", "8")
+    rows = [line.split("|")[1:] for line in text.splitlines() if re.match(r"\s+[01] \|", line)]
+    assert len(rows) == 2
+    for exported, copied, export_ratio, imported, copied_too, rest, *_ in rows:
+        assert float(export_ratio) == pytest.approx(float(exported) / float(copied), abs=0.02)
+        import_ratio = rest.split()[0]
+        assert float(import_ratio) == pytest.approx(float(imported) / float(copied_too), abs=0.02)
+    for read, written in re.findall(r"(\d\.\d{3}) \| (\d\.\d{3})", text):
+        assert 1.0 <= float(read) < 1.1 and 1.0 <= float(written) < 1.1
+    peak = re.search(r"^\s+23 \|\s+4\.2 \|\s+(\d+) \|\s+(\d+) \| reached$", text, re.MULTILINE)
+    assert peak is not None and all(0 < int(each) < 100 for each in peak.groups()), text

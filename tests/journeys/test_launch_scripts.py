@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megamoe.training.metrics import read_metrics
+from megamoe.runs.metrics import read_metrics
 from tests.journeys.clone import ROOT
 
 SCRIPTS = ROOT / "launch_scripts"

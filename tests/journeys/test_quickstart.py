@@ -1,13 +1,23 @@
 """The quickstart, from a clean clone into a fresh environment without a working compiler, twice."""
 
+import json
 import re
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megamoe.training.metrics import read_metrics
+from megamoe.checkpoint_commands import resolve_checkpoint
+from megamoe.cli import main
+from megamoe.config.schema import TokenizerConfig
+from megamoe.data.indexed import IndexedDataset
+from megamoe.data.tokenizers import build_tokenizer
+from megamoe.runs.metrics import read_metrics
+from megamoe.verification.hf_logits import hf_logits
+from megamoe.verification.own_logits import own_logits
+from megamoe.verification.text_loss import mean_loss
 from tests.journeys.clone import clean_environment, clone
 
 # A short run: the script itself takes as many steps as its preset says.
@@ -30,7 +40,7 @@ def run_quickstart(repository: Path, environment: dict[str, str], timeout_second
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_quickstart_from_a_clean_clone_into_a_fresh_environment(tmp_path):
     repository = tmp_path / "megamoe"
     clone(repository)
@@ -59,3 +69,27 @@ def test_quickstart_from_a_clean_clone_into_a_fresh_environment(tmp_path):
     assert "Installing" not in second and "Making a virtual environment" not in second
     assert (run / "metrics.jsonl").read_bytes() == metrics, "no step was trained again"
     assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*") if path.is_file()} == written
+    check_export(repository, run, tmp_path)
+
+
+def check_export(repository: Path, run: Path, tmp_path: Path) -> None:
+    """The trained model exports, and has by transformers the perplexity it has by megamoe; its tokenizer the ids."""
+    import transformers
+
+    folder = tmp_path / "exported"
+    tokenizer_path = repository / "runs" / "quickstart_data" / "tokenizer.model"
+    assert main(["convert", "to-hf", str(run), str(folder), "--drops-off", "--tokenizer", str(tokenizer_path)]) == 0
+    assert json.loads((folder / "verification.json").read_text())["results"][0]["is_good"]
+    dataset = IndexedDataset(repository / "runs" / "quickstart_data" / "text")
+    ids = dataset.tokens(50_000, 50_000 + 8 * 129, vocab_size=4096).reshape(8, 129).astype(np.int64)
+    checkpoint = resolve_checkpoint(run)
+    ours, theirs = (
+        mean_loss(logits, ids[:, 1:])
+        for logits in (own_logits(checkpoint, ids[:, :-1]), hf_logits(folder, ids[:, :-1]))
+    )
+    assert theirs == pytest.approx(ours, rel=1e-4) and ours < 8.0
+    text = "And God said, Let there be light:\nand there was light."
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    own = build_tokenizer(TokenizerConfig(kind="sentencepiece", path=str(tokenizer_path)))
+    assert tokenizer(text)["input_ids"] == own.encode(text)
+

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megamoe.checkpoint.reader import Checkpoint
-from megamoe.training.metrics import read_metrics
-from megamoe.training.run_folder import resumable_checkpoints
+from megamoe.runs.metrics import read_metrics
+from megamoe.runs.run_folder import resumable_checkpoints
 from tests.parallel.test_run import config_of, corpus  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[2]

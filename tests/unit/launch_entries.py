@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from megamoe.errors import ConfigError
+from megamoe.errors import ConfigError, PeerLost
 from megamoe.launch.environment import rank_environment
 
 
@@ -42,6 +42,20 @@ def uses_imported(payload: dict) -> None:
 def user_error(payload: dict) -> None:
     if my_rank() == 1:
         raise ConfigError("The value 7 is too odd: use 8.")
+    time.sleep(60)
+
+
+def loses_peer(payload: dict) -> None:
+    deaf = Path(payload["folder"]) / "deaf"
+    if my_rank() == 0:
+        while not deaf.exists():
+            time.sleep(0.01)
+        raise PeerLost("rank 1 is gone")
+    if my_rank() == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        deaf.touch()
+        time.sleep(0.5)
+        raise ValueError("the cause")
     time.sleep(60)
 
 

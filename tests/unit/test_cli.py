@@ -316,7 +316,9 @@ def test_a_latest_that_names_no_checkpoint_is_told_once(capsys, monkeypatch, tmp
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["presets"], ["show", "moe-1.1t"], ["train", "--help"], ["show", "nix"]]
+    "arguments",
+    [["--help"], ["presets"], ["show", "moe-1.1t"], ["train", "--help"], ["show", "nix"], ["preflight", "--help"],
+     ["after-attempt", "--help"]],
 )
 def test_fast_commands_import_nothing_heavy(arguments):
     """Under a second on any machine means: no torch, nor numpy, nor the engines."""

@@ -50,12 +50,12 @@ def config_file(tmp_path, monkeypatch):
         (
             "colours: {}",
             'unknown key "colours" in CONFIG.yaml: the sections are model, moe, parallel, optimizer, data, checkpoint, '
-            "monitor, run",
+            "watchdog, monitor, guard, preflight, restart, run",
         ),
         (
             "3: 4",
             'unknown key "3" in CONFIG.yaml: the sections are model, moe, parallel, optimizer, data, checkpoint, '
-            "monitor, run",
+            "watchdog, monitor, guard, preflight, restart, run",
         ),
     ],
 )
@@ -70,7 +70,7 @@ def test_an_unknown_key_on_the_command_line_names_the_nearest():
 
 
 def test_a_key_inside_a_list_or_a_value_says_what_to_give_instead():
-    message = 'data.train is {"path": "x"} in the command line: it must be a list, each a group of path, weight'
+    message = 'data.train is {"path": "x"} in the command line: it must be a list, each a group of path, weight, name'
     assert refused(load_config, "quickstart", ["data.train=[]", "data.train.path=x"]) == message
     message = 'run.dir is {"name": "x"} in the command line: it must be text'
     assert refused(load_config, "quickstart", ["run.dir.name=x"]) == message
@@ -140,7 +140,7 @@ def test_the_names_in_messages_are_unique_in_the_tree():
         ),
         (
             "data.train=text",
-            'data.train is "text" in the command line: it must be a list, each a group of path, weight',
+            'data.train is "text" in the command line: it must be a list, each a group of path, weight, name',
         ),
         (
             "run.batch_size_ramp={start: 2, increment: 2}",
@@ -152,8 +152,10 @@ def test_the_names_in_messages_are_unique_in_the_tree():
         ),
         (
             "monitor=3",
-            "monitor is 3 in the command line: it must be a group of log_interval_steps, progress_bar, "
-            "wandb_mode, wandb_project, wandb_name, sample_prompt, num_sample_tokens",
+            "monitor is 3 in the command line: it must be a group of log_interval_steps, expert_load_interval_steps, "
+            "progress_bar, peak_flops_per_second, wandb_mode, wandb_project, wandb_entity, wandb_group, "
+            "wandb_job_type, wandb_tags, wandb_name, wandb_notes, wandb_timeout_seconds, wandb_artifacts, tensorboard, "
+            "sample_prompt, num_sample_tokens",
         ),
         (
             "run.num_steps",

@@ -59,6 +59,10 @@ from tests.unit.config_cases import DENSE, ONE_RANK, checked, refused
             "position_embedding sinusoidal is half sines and half cosines, but hidden_size is 127: use an even "
             "hidden_size of at least 4",
         ),
+        (
+            ["watchdog.hang_timeout_seconds=60", "parallel.timeout_seconds=60"],
+            "hang_timeout_seconds 60 is not below parallel.timeout_seconds 60: use less, or null for half of it",
+        ),
         (["optimizer.min_lr=1"], "min_lr 1 is above lr 0.004: use 0 to 0.004"),
         (["optimizer.warmup_steps=200"], "warmup_steps 200 is not below num_steps 200: use 0 to 199"),
         (["optimizer.decay_steps=20"], "warmup_steps 20 is not below decay_steps 20: use 0 to 19"),
@@ -248,3 +252,44 @@ def test_every_refusal_can_happen_and_is_on_the_page():
         assert f"| {refusal.name} | {refusal.reason} | {refusal.instead} |" in page
     for row in ("| 0 | yes | no | no |", "| 1 | yes | yes | yes |", "| 2 | yes | yes | yes |", "| 3 | no | no | no |"):
         assert row in page
+
+
+# ---------------------------------------------------------------- guard
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("guard.min_window_steps=200",),
+            "min_window_steps 200 is above window_steps 128: use at most 128",
+        ),
+        (
+            ("guard.window_steps=40", "guard.divergence_steps=41"),
+            "divergence_steps 41 is above window_steps 40: use at most 40",
+        ),
+        (
+            ("guard.action=roll_back", "checkpoint.save_interval_steps=0"),
+            "guard.action roll_back needs checkpoints, but save_interval_steps is 0: use save_interval_steps above 0, "
+            "or guard.action skip",
+        ),
+        (
+            ("guard.divergence_action=roll_back", "checkpoint.save_interval_steps=0"),
+            "divergence_action roll_back needs checkpoints, but save_interval_steps is 0: use save_interval_steps "
+            "above 0, or divergence_action stop",
+        ),
+        (
+            ("guard.action=disabled", "guard.divergence_action=stop"),
+            "divergence_action stop needs the guard, but guard.action is disabled: use guard.action warn, or "
+            "divergence_action null",
+        ),
+    ],
+)
+def test_guard(overrides, message):
+    assert refused(checked, *overrides) == message
+
+
+def test_guards_that_go_together():
+    checked("guard.action=disabled", "guard.min_window_steps=8", "guard.window_steps=8")
+    checked("guard.action=roll_back", "checkpoint.save_interval_steps=5", "guard.divergence_action=stop")
+    checked("guard.action=skip", "checkpoint.save_interval_steps=0")

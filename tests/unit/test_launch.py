@@ -196,6 +196,11 @@ class TestRanks:
         assert error.endswith("Last output of rank 2:\nabout to break\n")
         assert "server.py" not in error
 
+    def test_a_rank_that_lost_its_peer_is_not_taken_for_the_cause(self, capfd, tmp_path):
+        result = launch("loses_peer", payload={"folder": str(tmp_path)})
+        assert (result.exit_code, result.failure.rank, result.failure.kind) == (1, 1, "exception")
+        assert "ValueError: the cause" in capfd.readouterr().err
+
     def test_exit_code_and_system_exit(self, capfd):
         assert launch("leaves", payload={"code": 7}).exit_code == 7
         assert "ended with exit code 7." in capfd.readouterr().err

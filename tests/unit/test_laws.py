@@ -20,16 +20,45 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # Law 1: the parts of megamoe that each part may import, besides itself. A part that is not listed may import nothing.
 MAY_IMPORT = {
     "errors": set(),
+    "arguments": set(),
+    "progress": set(),
+    "host_memory": set(),
+    "phases": set(),
+    "runs": {"errors", "config", "checkpoint", "launch"},
+    "attempt_commands": {"errors", "runs"},
+    "preflight": {"errors", "config", "launch", "data", "checkpoint", "plan", "runs"},
+    "preflight_commands": {"errors", "arguments", "config", "launch", "runs", "preflight"},
+    "watchdog": {"errors", "phases"},
     "config": {"errors"},
-    "launch": {"errors"},
+    "launch": {"errors", "host_memory"},
     "topology": {"errors", "config"},
-    "data": {"errors", "config"},
+    "data": {"errors", "progress", "config"},
     "checkpoint": {"errors", "config", "topology"},
-    "checkpoint_commands": {"errors", "config", "topology", "checkpoint"},
-    "model": {"errors", "config", "topology", "moe"},
-    "moe": {"errors", "config", "topology"},
-    "training": {"errors", "config", "topology", "model", "moe", "data", "launch", "checkpoint"},
-    "cli": {"errors", "config", "topology", "launch", "training", "data", "checkpoint", "checkpoint_commands"},
+    "checkpoint_commands": {"errors", "progress", "config", "topology", "checkpoint"},
+    "convert": {"errors", "host_memory", "config", "topology", "data", "checkpoint"},
+    "verification": {"errors", "config", "topology", "data", "launch", "checkpoint", "convert", "training"},
+    "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "checkpoint_commands", "convert",
+                         "verification"},
+    "hf": set(),
+    "pictures": set(),
+    "report": {"errors", "config", "topology", "checkpoint", "runs", "pictures"},
+    "report_commands": {"errors", "arguments", "report"},
+    "surgery": {"errors", "config", "topology", "checkpoint"},
+    "surgery_commands": {"errors", "progress", "config", "topology", "checkpoint", "checkpoint_commands", "surgery",
+                         "verification"},
+    "plan": {"errors", "config", "topology", "pictures"},
+    "plan_commands": {"errors", "arguments", "progress", "config", "launch", "plan", "dry_run"},
+    "dry_run": {"errors", "config", "topology", "data", "launch", "plan", "model", "moe", "training"},
+    "sinks": {"errors", "config", "checkpoint", "runs"},
+    "submit": {"errors", "config", "topology", "plan", "runs", "checkpoint"},
+    "submit_commands": {"errors", "arguments", "config", "submit"},
+    "model": {"errors", "phases", "config", "topology", "moe"},
+    "moe": {"errors", "phases", "config", "topology"},
+    "training": {"errors", "phases", "config", "topology", "model", "moe", "data", "launch", "checkpoint", "runs",
+                 "sinks", "watchdog"},
+    "cli": {"errors", "arguments", "host_memory", "config", "topology", "launch", "training", "data", "checkpoint",
+            "runs", "attempt_commands", "preflight_commands", "checkpoint_commands", "convert_commands",
+            "plan_commands", "report_commands", "submit_commands", "surgery_commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -39,11 +68,15 @@ ENGINES = {"megatron", "deepspeed"}
 ENGINE_FILES = {
     "megatron": ("model/*.py", "moe/layer.py", "moe/shared.py", "training/groups.py", "training/engine.py",
                  "training/step.py"),
-    "deepspeed": ("model/cpu_bridge.py", "moe/layer.py", "training/groups.py", "training/engine.py"),
+    "deepspeed": ("model/cpu_bridge.py", "moe/layer.py", "training/groups.py", "training/engine.py",
+                  "dry_run/accelerator.py"),
 }
 
 # Law 5: importing these must not bring torch in, nor anything that imports torch.
-TORCH_FREE = ("cli", "config", "topology", "launch", "data", "checkpoint", "checkpoint_commands")
+TORCH_FREE = ("cli", "phases", "runs", "sinks", "watchdog", "attempt_commands", "preflight_commands", "config",
+              "topology", "plan", "launch", "data", "checkpoint", "checkpoint_commands", "convert", "surgery",
+              "surgery_commands", "convert_commands", "plan_commands", "pictures", "report", "report_commands",
+              "submit", "submit_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from megamoe.training.metrics import MetricsWriter, ProgressBar, format_line, read_metrics, to_json_line
+from megamoe.runs.metrics import MetricsWriter, ProgressBar, format_line, read_metrics, to_json_line
 
 FULL = {
     "step": 70, "loss": 5.12345, "lm_loss": 5.1, "aux_loss": 0.0201, "perplexity": 164.02, "grad_norm": 1.25,
@@ -107,5 +107,5 @@ def test_progress_bar_draws_only_on_a_terminal():
 
 
 def test_no_torch():
-    code = "import megamoe.training.metrics, sys; sys.exit('torch' in sys.modules)"
+    code = "import megamoe.runs.metrics, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

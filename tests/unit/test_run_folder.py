@@ -8,7 +8,7 @@ import pytest
 
 from megamoe.config import load_config
 from megamoe.errors import CheckpointError, ConfigError
-from megamoe.training.run_folder import (
+from megamoe.runs.run_folder import (
     checkpoint_at,
     checkpoint_name,
     checkpoints_path,
@@ -111,5 +111,5 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path):
 
 
 def test_no_torch():
-    code = "import sys, megamoe.training.run_folder; sys.exit('torch' in sys.modules)"
+    code = "import sys, megamoe.runs.run_folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,10 +1,13 @@
 """What a run records and shows: `metrics.jsonl`, one readable line per interval, a progress bar. No torch here.
 
-Keys of a training line: step, loss, lm_loss, aux_loss, perplexity, grad_norm, lr, tokens_per_second, step_seconds,
-samples, tokens, skipped_steps, memory_bytes, loss_scale, global_batch_size; with experts z_loss, dropped_fraction,
+Keys of a training line: step, time (seconds since 1970, UTC), loss, lm_loss, aux_loss,
+perplexity, grad_norm, lr, tokens_per_second, step_seconds, samples, tokens, skipped_steps, memory_bytes, loss_scale,
+global_batch_size; with the guard spikes and rolled_back_steps; with experts z_loss, dropped_fraction,
 dropped_first_fraction, dropped_second_fraction, unused_experts, router_logit_rms and expert_load_max_over_mean,
-_entropy, _top_fifth, _bottom_fifth (megamoe.training.report says what they are). A validation line has step,
-valid_loss, valid_perplexity. More keys may be added; none is required but `step`.
+_entropy, _top_fifth, _bottom_fifth, dead_experts (megamoe.training.report says what they are); of speed
+tokens_per_second_per_rank, model_flops_per_second, hardware_flops_per_second, flops_utilization and seconds_PHASE
+(megamoe.training.throughput). A validation line has step, valid_loss, valid_perplexity, and valid_loss/NAME,
+valid_perplexity/NAME of corpora with a name. More keys may be added; none is required but `step`.
 """
 
 import json
@@ -19,17 +22,19 @@ from typing import IO, Any, TextIO
 from megamoe.checkpoint.files import replace_file
 
 METRICS_FILE = "metrics.jsonl"
+EXPERT_LOADS_FILE = "expert_loads.jsonl"  # {"step": 200, "layers": {"1": [tokens of each expert], ...}}
 NONFINITE_KEY = "nonfinite"  # a line's keys whose value was NaN or infinite: JSON has no such numbers
 BAR_WIDTH = 24
 BAR_INTERVAL_SECONDS = 0.1
 
 
 class MetricsWriter:
-    """Appends JSON lines to `metrics.jsonl` of a run folder, each flushed, so that readers may follow."""
+    """Appends JSON lines to `metrics.jsonl` of a run folder, or to another such file, each flushed, so that readers
+    may follow."""
 
-    def __init__(self, run_dir: str | os.PathLike[str], *, resume_step: int = 0) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str], *, resume_step: int = 0, name: str = METRICS_FILE) -> None:
         """`resume_step`: the step that training goes on from; what later steps once wrote is cut off (0: all)."""
-        self.path = Path(run_dir) / METRICS_FILE
+        self.path = Path(run_dir) / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         keep_steps(self.path, resume_step)
         self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open while the run goes on)
@@ -37,6 +42,12 @@ class MetricsWriter:
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._file.write(to_json_line(metrics) + "\n")
         self._file.flush()
+
+    def cut_after(self, step: int) -> None:
+        """Training was taken back to `step`: what later steps once wrote goes."""
+        self._file.close()
+        keep_steps(self.path, step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
         self._file.close()
@@ -124,10 +135,12 @@ _COLUMNS = (
     ("lr", "lr", lambda value: f"{value:.2e}"),
     ("grad_norm", "grad norm", _number(3, 6)),
     ("tokens_per_second", "tokens/s", lambda value: f"{_short(value):>5}"),
+    ("flops_utilization", "util", lambda value: f"{value:5.1%}"),
     ("aux_loss", "aux", _number(4, 6)),
     ("dropped_fraction", "dropped", lambda value: f"{value:5.1%}"),
     ("expert_load_max_over_mean", "load max/mean", _number(2, 4)),
     ("unused_experts", "unused", str),
+    ("dead_experts", "dead", str),
     ("skipped_steps", "skipped", str),
     ("loss_scale", "scale", lambda value: f"{value:g}"),
     ("memory_bytes", "memory", lambda value: f"{value / 2**30:.2f} GiB"),

@@ -2,7 +2,8 @@
 
     config.yaml     the resolved configuration
     log.txt         what was printed
-    metrics.jsonl   one JSON object a line
+    metrics.jsonl   one JSON object a line; expert_loads.jsonl, events.jsonl likewise
+    wandb_run_id    the run's name in Weights & Biases; wandb/, tensorboard/, trackers.log are the services' own
     checkpoints/    step_00000100/ ..., latest (a text file with the name of the one in force): `megamoe.checkpoint`
 """
 
