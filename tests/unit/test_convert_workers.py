@@ -73,7 +73,8 @@ def test_one_that_hangs_is_ended_and_named():
 
 def test_an_interrupt_and_a_death_of_the_parent_leave_no_process(tmp_path):
     program = (
-        "import time, sys\nfrom megamoe.convert.workers import Task, run_tasks\n"
+        "import signal, time, sys\nfrom megamoe.convert.workers import Task, run_tasks\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background may ignore it
         "def run(say):\n    open(sys.argv[1] + str(time.monotonic_ns()), 'w').close()\n"
         "    while True:\n        say(1)\n        time.sleep(0.01)\n"
         "run_tasks([Task('a', run), Task('b', run)], num_workers=2, num_total_bytes=1)\n"
