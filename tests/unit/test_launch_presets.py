@@ -45,7 +45,8 @@ def work(tmp_path, monkeypatch) -> Path:
     for ending in (".bin", ".idx"):
         (tmp_path / f"text{ending}").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))  # no SLURM of this machine has a say
+    (tmp_path / "slurm.conf").touch()  # no SLURM of this machine has a say; a file that is not there is waited for
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     return tmp_path
 
 
