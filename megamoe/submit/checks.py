@@ -1,8 +1,10 @@
 """What is looked at before a job is submitted, lest it wait in a queue to fail: each finding is one sentence."""
 
+import json
 import os
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megamoe.checkpoint.files import replace_file
 from megamoe.config.loading import dump_yaml
@@ -15,7 +17,10 @@ from megamoe.submit import slurm
 from megamoe.submit.job import JobSettings
 from megamoe.submit.script import Job, Run
 
-CONFIG_FILE = "config.yaml"  # of the run's folder
+if TYPE_CHECKING:
+    from megamoe.plan.plan import Plan
+
+CONFIG_FILE, PLAN_FILE = "config.yaml", "plan.json"  # of the run's folder
 JOB_IDS_FILE = "job-ids"  # in the folder of scripts: one id a line, the newest last
 INDEXED_ENDINGS = (".bin", ".idx")
 
@@ -39,23 +44,26 @@ def check_config(config: Config, settings: JobSettings) -> None:
             f"parallel.ranks_per_node {own} is not the job's {settings.num_ranks_per_node}: use the same number"
         )
     if settings.cluster is not None:
-        _check_plan(config, settings, settings.cluster)
+        _check_fits(_plan_of(config, settings, settings.cluster), settings)
 
 
-def _check_plan(config: Config, settings: JobSettings, cluster_name: str) -> None:
+def _plan_of(config: Config, settings: JobSettings, cluster: str) -> "Plan":
     from megamoe.plan.cluster import load_cluster
     from megamoe.plan.plan import make_plan
+
+    return make_plan(config, load_cluster(cluster), settings.world_size)
+
+
+def _check_fits(plan: "Plan", settings: JobSettings) -> None:
     from megamoe.plan.remedies import remedies
 
-    cluster = load_cluster(cluster_name)
-    plan = make_plan(config, cluster, settings.world_size)
     if plan.fits:
         return
     found = remedies(plan)
     advice = f"with {shlex.join(found[0].overrides)} it fits" if found else "use more GPUs"
-    missing, memory = -plan.free_bytes / 2**30, cluster.memory_bytes / 2**30
+    missing, memory = -plan.free_bytes / 2**30, plan.cluster.memory_bytes / 2**30
     raise ConfigError(
-        f"the plan does not fit {settings.world_size} GPUs of {cluster.name}: {missing:.1f} GiB more than their "
+        f"the plan does not fit {settings.world_size} GPUs of {plan.cluster.name}: {missing:.1f} GiB more than their "
         f"{memory:.1f} GiB are needed; {advice}"
     )
 
@@ -121,11 +129,14 @@ def check_queue(run: Run) -> None:
 
 
 def write_job(job: Job, script: str, configs: list[Config]) -> None:
-    """The script and every run's resolved configuration, before anything is submitted. Raises ConfigError."""
+    """The script, every run's resolved configuration and, where a cluster is named, its plan, before anything is
+    submitted. Raises ConfigError."""
     try:
         for run, config in zip(job.runs, configs, strict=True):
             run.folder.mkdir(parents=True, exist_ok=True)
             replace_file(run.config, dump_yaml(config).encode())
+            if job.settings.cluster is not None:
+                replace_file(run.dir / PLAN_FILE, _plan_text(config, job.settings, job.settings.cluster).encode())
             # What bounds restarts has to be known before training first comes to write it. Of a run that has a
             # checkpoint the record stays until training goes on: until then it says what the checkpoint is of.
             if not resumable_checkpoints(run.dir):
@@ -135,6 +146,13 @@ def write_job(job: Job, script: str, configs: list[Config]) -> None:
         raise ConfigError(
             f"{error.filename or job.script} cannot be written ({error.strerror}): choose a run.dir that can"
         ) from None
+
+
+def _plan_text(config: Config, settings: JobSettings, cluster: str) -> str:
+    """What `megamoe plan --json` prints: monitoring shows it beside what the run does."""
+    from megamoe.plan.report import tree_report
+
+    return json.dumps(tree_report(_plan_of(config, settings, cluster), ()), indent=2) + "\n"
 
 
 def note_job(job: Job, job_id: str) -> None:

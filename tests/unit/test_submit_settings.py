@@ -254,12 +254,24 @@ def test_what_is_printed_after_submission(work, capsys, monkeypatch):
         f"  follow  tail -F {run}/slurm/job-12.out, or megamoe status {run}",
         f"  stop    touch {run}/stop ends it with its state saved; scancel 12",
     ]
+    assert not (run / "plan.json").exists()
     message = refusal(capsys, "run.yaml", *RANKS)
     assert message == (
         f"job 12 of {run} is PENDING: scancel it first, or let this one follow it by --dependency afterany:12"
     )
     assert main(["submit", "run.yaml", *RANKS, "--dependency", "afterany:12"]) == 0
     assert (run / "slurm/job-ids").read_text() == "12\n12\n"
+
+
+def test_the_plan_of_a_named_cluster_is_left_in_the_runs_folder(work, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", fake_slurm(work, sbatch="echo 12"))
+    sizes = ["--nodes", "1", "--gpus-per-node", "2"]
+    assert main(["submit", "run.yaml", *sizes, "--cluster", "a100-80gb"]) == 0
+    capsys.readouterr()
+    assert main(["plan", "run.yaml", "--cluster", "a100-80gb", "--gpus", "2", "--json"]) == 0
+    planned, written = json.loads(capsys.readouterr().out), json.loads((work / "runs/first/plan.json").read_text())
+    assert written.pop("remedies", []) == [] and planned.pop("remedies", []) is not None
+    assert written == planned
 
 
 def test_slurms_own_words_are_passed_on(work, capsys, monkeypatch):
