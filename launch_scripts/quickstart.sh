@@ -45,6 +45,7 @@ cat <<END
 
 Next:
   source $environment/bin/activate
+  megamoe report $run                         its curves, experts and events on one page
   megamoe presets                                        what else there is, with sizes
   megamoe train launch_scripts/quickstart.yaml --local-ranks 4 run.dir=runs/mine \\
       parallel.pipeline_parallel_size=1 moe.num_experts=16

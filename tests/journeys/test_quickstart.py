@@ -18,6 +18,7 @@ from megamoe.runs.metrics import read_metrics
 from megamoe.verification.hf_logits import hf_logits
 from megamoe.verification.own_logits import own_logits
 from megamoe.verification.text_loss import mean_loss
+from tests.browser import Browser, BrowserMissing
 from tests.journeys.clone import clean_environment, clone
 
 # A short run: the script itself takes as many steps as its preset says.
@@ -70,6 +71,20 @@ def test_quickstart_from_a_clean_clone_into_a_fresh_environment(tmp_path):
     assert (run / "metrics.jsonl").read_bytes() == metrics, "no step was trained again"
     assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*") if path.is_file()} == written
     check_export(repository, run, tmp_path)
+    check_report(run)
+
+
+def check_report(run: Path) -> None:
+    """The page of the run shows what was trained, asks nobody for anything, and has nothing to complain of."""
+    assert main(["report", str(run)]) == 0
+    try:
+        with Browser() as browser:
+            page = browser.open(run / "report" / "report.html", width=1280, height=900)
+            assert page.problems == [] and page.requests == []
+            text = page.run("document.body.innerText")
+    except BrowserMissing as reason:
+        pytest.skip(f"all is well but for the report, which was not looked at: {reason}")
+    assert "all 20 steps are done" in text and "TP2 × PP2 × EP2" in text
 
 
 def check_export(repository: Path, run: Path, tmp_path: Path) -> None:
