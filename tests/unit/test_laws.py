@@ -37,14 +37,16 @@ MAY_IMPORT = {
     "checkpoint_commands": {"errors", "progress", "config", "topology", "checkpoint"},
     "convert": {"errors", "host_memory", "config", "topology", "data", "checkpoint"},
     "verification": {"errors", "config", "topology", "data", "launch", "checkpoint", "convert", "training"},
-    "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "checkpoint_commands", "convert",
+    "inference": {"errors", "host_memory", "config", "topology", "launch", "checkpoint", "convert", "model", "moe",
+                  "training"},
+    "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
     "hf": set(),
     "pictures": set(),
     "report": {"errors", "config", "topology", "checkpoint", "runs", "pictures"},
     "report_commands": {"errors", "arguments", "report"},
     "surgery": {"errors", "config", "topology", "checkpoint"},
-    "surgery_commands": {"errors", "progress", "config", "topology", "checkpoint", "checkpoint_commands", "surgery",
+    "surgery_commands": {"errors", "progress", "config", "topology", "checkpoint", "surgery",
                          "verification"},
     "plan": {"errors", "config", "topology", "pictures"},
     "plan_commands": {"errors", "arguments", "progress", "config", "launch", "plan", "dry_run"},
@@ -67,7 +69,7 @@ MAY_IMPORT = {
 ENGINES = {"megatron", "deepspeed"}
 ENGINE_FILES = {
     "megatron": ("model/*.py", "moe/layer.py", "moe/shared.py", "training/groups.py", "training/engine.py",
-                 "training/step.py"),
+                 "training/step.py", "inference/schedule.py"),
     "deepspeed": ("model/cpu_bridge.py", "moe/layer.py", "training/groups.py", "training/engine.py",
                   "dry_run/accelerator.py"),
 }
