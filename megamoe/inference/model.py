@@ -151,7 +151,8 @@ def _no_places(row: TokenRows) -> Tensor:
 def _only_last(row: TokenRows) -> TokenRows:
     count, length = row.tokens.shape
     last = torch.full((count,), length) if row.num_new is None else row.num_new
-    return TokenRows(row.tokens, None, last[:, None] - 1, row.cache, row.num_new)
+    # A text that has ended has no new token: what follows its padding is not looked at.
+    return TokenRows(row.tokens, None, (last[:, None] - 1).clamp(min=0), row.cache, row.num_new)
 
 
 def _without_cache(row: TokenRows) -> TokenRows:
