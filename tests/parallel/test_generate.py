@@ -1,4 +1,4 @@
-"""Greedy texts are transformers', prompt by prompt, alone and in batches, under every layout; draws are the text's own."""
+"""Greedy texts are transformers', prompt by prompt, alone and in batches, under every layout; draws are a text's."""
 
 import json
 from pathlib import Path
