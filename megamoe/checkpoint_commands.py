@@ -61,22 +61,9 @@ def _answer(run: Any, options: argparse.Namespace) -> int:
         return DAMAGED_OR_DIFFERENT
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means. Raises ConfigError where there is none."""
-    from megamoe.checkpoint.folders import complete_checkpoints, step_of
-    from megamoe.checkpoint.manifest import MANIFEST
-
-    if (path / MANIFEST).exists() or (step_of(path.resolve().name) is not None and path.is_dir()):
-        return path
-    for root in (path, path / "checkpoints"):
-        found = complete_checkpoints(root)
-        if found:
-            return found[0]
-    raise ConfigError(f"{path} is no checkpoint, and no folder with checkpoints")
-
-
 def _inspect(options: argparse.Namespace) -> int:
     from megamoe.checkpoint.compare import summary
+    from megamoe.checkpoint.folders import resolve_checkpoint
     from megamoe.checkpoint.reader import Checkpoint
 
     with Checkpoint.open(resolve_checkpoint(options.path)) as checkpoint:
@@ -108,6 +95,7 @@ def _short(value: Any) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from megamoe.checkpoint.folders import resolve_checkpoint
     from megamoe.checkpoint.reader import Checkpoint
 
     folder = resolve_checkpoint(options.path)
@@ -129,6 +117,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from megamoe.checkpoint.compare import config_differences, differences
+    from megamoe.checkpoint.folders import resolve_checkpoint
     from megamoe.checkpoint.reader import Checkpoint
 
     paths = resolve_checkpoint(options.path), resolve_checkpoint(options.other)
@@ -160,6 +149,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _reshard(options: argparse.Namespace) -> int:
+    from megamoe.checkpoint.folders import resolve_checkpoint
     from megamoe.checkpoint.reader import Checkpoint
     from megamoe.checkpoint.reshard import config_of, num_bytes_to_write, reshard
     from megamoe.config.loading import override_config

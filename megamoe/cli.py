@@ -17,6 +17,7 @@ from megamoe.attempt_commands import add_attempt_commands, train_again
 from megamoe.checkpoint_commands import add_checkpoint_commands
 from megamoe.convert_commands import add_convert_commands
 from megamoe.errors import MegamoeError
+from megamoe.generate_commands import add_generate_commands
 from megamoe.plan_commands import add_plan_commands
 from megamoe.preflight_commands import add_preflight_commands
 from megamoe.report_commands import add_report_commands
@@ -25,7 +26,6 @@ from megamoe.surgery_commands import add_surgery_commands
 
 if TYPE_CHECKING:
     from megamoe.config.schema import Config
-    from megamoe.launch.environment import RankEnvironment
 
 EXIT_CODE_FILE = "MEGAMOE_EXIT_CODE_FILE"
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert_commands(commands)
     add_surgery_commands(commands)
     add_report_commands(commands)
+    add_generate_commands(commands)
     return parser
 
 
@@ -237,23 +238,10 @@ def _completed_steps(config: "Config") -> int:
     return manifest.state["step"]
 
 
-def _choose_device(config: "Config", environment: "RankEnvironment", local_ranks: int | None) -> None:
-    """Settle on GPUs or CPU for this process and its children, before anything imports torch."""
-    from megamoe.launch.devices import choose_device, hide_gpus, num_visible_gpus
-
-    num_local_ranks = local_ranks or environment.local_world_size
-    one_gpu_each = environment.source == "srun" and not local_ranks
-    if choose_device(config.run.device, num_local_ranks, os.environ, one_gpu_each=one_gpu_each) == "cuda":
-        return
-    num_gpus = num_visible_gpus(os.environ)
-    if num_gpus and config.run.device == "auto" and environment.rank == 0:
-        print(f"{num_local_ranks} ranks share this machine, which shows {num_gpus} GPUs: running on the CPU")
-    hide_gpus(os.environ)
-
-
 def _train(options: argparse.Namespace) -> int:
     from megamoe.config.loading import load_config
     from megamoe.config.validation import validate_for_training
+    from megamoe.launch.devices import settle_device
     from megamoe.launch.environment import rank_environment
 
     environment = rank_environment()
@@ -262,7 +250,7 @@ def _train(options: argparse.Namespace) -> int:
         config = load_config(options.source, options.overrides)
         validate_for_training(config, num_ranks)
         done = _completed_steps(config)
-        _choose_device(config, environment, options.local_ranks)
+        settle_device(config.run.device, environment, options.local_ranks, os.environ)
     except MegamoeError as error:
         if environment.rank == 0:
             raise

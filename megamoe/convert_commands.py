@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamoe.checkpoint_commands import resolve_checkpoint
 from megamoe.errors import ConversionError
 from megamoe.progress import ByteProgress
 
@@ -77,6 +76,7 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    from megamoe.checkpoint.folders import resolve_checkpoint
     from megamoe.checkpoint.reader import Checkpoint
     from megamoe.checkpoint.reshard import config_of
     from megamoe.convert.export_files import export_files, lines_of, tokenizer_files
@@ -114,10 +114,11 @@ def _to_hf(options: argparse.Namespace) -> int:
 def _from_hf(options: argparse.Namespace) -> int:
     from megamoe.convert.foreign import open_source
     from megamoe.convert.from_hf import import_
+    from megamoe.convert.hf_folders import read_hf_config
     from megamoe.convert.hf_tables import conversion, from_hf_config
     from megamoe.convert.imported_tokenizer import with_tokenizer
 
-    their_config = _read_their_config(options.foreign)
+    their_config = read_hf_config(options.foreign)
     config, files = from_hf_config(their_config, vocab_multiple=options.vocab_multiple), {}
     if not options.no_tokenizer:
         config, files = with_tokenizer(config, options.foreign, options.out)
@@ -164,6 +165,8 @@ def _from_old(options: argparse.Namespace, open_: Callable[..., tuple[Any, "Conv
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from megamoe.checkpoint.folders import resolve_checkpoint
+
     checkpoint = resolve_checkpoint(options.checkpoint)
     try:
         result = _compare(checkpoint, options.folder, dtype=_rounding_of_folder(checkpoint, options.folder))
@@ -209,19 +212,6 @@ def _stored_dtype(tensors: Mapping[tuple[str, str], Any]) -> str:
     if len(found) != 1 or not found <= _STORED.keys():
         raise ConversionError(f"the checkpoint's weights are of {', '.join(sorted(found)) or 'no'} type: give --dtype")
     return _STORED[found.pop()]
-
-
-def _read_their_config(folder: Path) -> dict[str, Any]:
-    from megamoe.checkpoint.files import read_small
-    from megamoe.checkpoint.strict_json import loads
-
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{folder} has no config.json: it is no Hugging Face folder")
-    tree = loads(read_small(path, 1 << 24), str(path))
-    if not isinstance(tree, dict):
-        raise ConversionError(f"{path} is no JSON object")
-    return tree
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

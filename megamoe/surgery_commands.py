@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamoe.checkpoint_commands import resolve_checkpoint
 from megamoe.progress import ByteProgress
 
 if TYPE_CHECKING:
@@ -173,6 +172,7 @@ def _average(options: argparse.Namespace) -> int:
 
 def _operate(options: argparse.Namespace, paths: Sequence[Path], plan_of: Callable[["Sources"], "Plan"]) -> int:
     """Plan, carry out, tell."""
+    from megamoe.checkpoint.folders import resolve_checkpoint
     from megamoe.surgery.execute import apply
     from megamoe.surgery.sources import Sources
 

@@ -18,7 +18,7 @@ from megamoe.checkpoint import faults
 from megamoe.checkpoint.files import read_small, replace_file, saving, sync_folder, temporary_name
 from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from megamoe.checkpoint.strict_json import unseal
-from megamoe.errors import CheckpointError
+from megamoe.errors import CheckpointError, ConfigError
 
 LATEST, NEXT = "latest", "latest.next"
 _PREFIX = "step_"
@@ -57,6 +57,17 @@ def complete_checkpoints(root: Path) -> list[Path]:
     if latest in steps:
         newest_first.sort(key=lambda name: steps[name] > steps[latest])
     return [root / name for name in newest_first]
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or a run's newest. Raises ConfigError where there is none."""
+    if (path / MANIFEST).exists() or (step_of(path.resolve().name) is not None and path.is_dir()):
+        return path
+    for root in (path, path / "checkpoints"):
+        found = complete_checkpoints(root)
+        if found:
+            return found[0]
+    raise ConfigError(f"{path} is no checkpoint, and no folder with checkpoints")
 
 
 def latest_name(root: Path) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megamoe.errors import ConfigError
+from megamoe.launch.environment import RankEnvironment
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
@@ -55,3 +56,21 @@ def choose_device(
 def hide_gpus(env: MutableMapping[str, str]) -> None:
     """Make torch and both engines, in processes with this environment, find no CUDA."""
     env[VISIBLE] = ""
+
+
+def settle_device(
+    setting: Literal["auto", "cpu", "cuda"], environment: RankEnvironment, local_ranks: int | None,
+    env: MutableMapping[str, str],
+) -> None:  # fmt: skip
+    """Settle on GPUs or CPU for the process whose variables are `env`, and its children, before anything loads torch.
+
+    local_ranks: how many it starts itself; None: it is a rank. Raises ConfigError as `choose_device`.
+    """
+    num_local_ranks = local_ranks or environment.local_world_size
+    one_gpu_each = environment.source == "srun" and not local_ranks
+    if choose_device(setting, num_local_ranks, env, one_gpu_each=one_gpu_each) == "cuda":
+        return
+    num_gpus = num_visible_gpus(env)
+    if num_gpus and setting == "auto" and environment.rank == 0:
+        print(f"{num_local_ranks} ranks share this machine, which shows {num_gpus} GPUs: running on the CPU")
+    hide_gpus(env)

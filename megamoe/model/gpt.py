@@ -17,10 +17,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from megamoe.config.schema import Config
 from megamoe.model.attention import CausalAttention
-from megamoe.model.embedding import TokenEmbedding
+from megamoe.model.decoding import Decoding, keep_places
+from megamoe.model.embedding import RotaryPositions, TokenEmbedding
 from megamoe.model.norms import FullNorm, HeadNorm, Norm
 from megamoe.model.parallel import ParallelGroups
 from megamoe.model.transformer_config import PRECISION_DTYPE, transformer_config
@@ -44,7 +46,7 @@ class GPT(GPTModel):
 
     def __init__(
         self, config: TransformerConfig, spec: TransformerBlockSubmodules, settings: Config, groups: ParallelGroups,
-        collection: ProcessGroupCollection, **kwargs: Any,
+        collection: ProcessGroupCollection, decoding: Decoding, **kwargs: Any,
     ) -> None:  # fmt: skip
         model = settings.model
         super().__init__(
@@ -58,6 +60,17 @@ class GPT(GPTModel):
             pg_collection=collection,
             **kwargs,
         )
+        self.decoding, self.num_tokens_known = decoding, model.vocab_size
+        self.first_row = self.vocab_size // groups.grid.tensor * groups.coordinates.tensor  # of the output layer's
+        if model.position_embedding == "rope":
+            self.rotary_pos_emb = RotaryPositions(
+                decoding=decoding,
+                kv_channels=config.kv_channels,
+                rotary_percent=1.0,
+                rotary_base=model.rope_base,
+                use_cpu_initialization=config.use_cpu_initialization,
+                cp_group=collection.cp,
+            )
         if self.pre_process:
             self.embedding = TokenEmbedding(
                 config=config,
@@ -67,11 +80,31 @@ class GPT(GPTModel):
                 scale=math.sqrt(model.hidden_size) if model.scale_embeddings else 1.0,
                 sinusoidal=model.position_embedding == "sinusoidal",
                 tensor_rank=groups.coordinates.tensor,
+                decoding=decoding,
             )
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Nothing to set up: both copies of a tied embedding are filled with the same values by name, and Megatron's
         own way (zero the last stage's copy, sum over both stages) moves the weight to a CUDA device."""
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Megatron's output layer and loss; where only some results are wanted, of those alone."""
+        if self.post_process and self.decoding.kept is not None:
+            hidden_states = keep_places(hidden_states, self.decoding.kept)
+        output = super()._postprocess(hidden_states=hidden_states, **kwargs)
+        if self.post_process and kwargs.get("labels") is None:
+            self._hide_padding(output)
+        return output
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [b, s], logits [s, b, V/t] -> nats [b, s]."""
+        self._hide_padding(logits)
+        return super().compute_language_model_loss(labels, logits)
+
+    def _hide_padding(self, logits: Tensor) -> None:
+        """Make the rows that fill the vocabulary up impossible in this slice [..., V/t], if that is asked for."""
+        if self.decoding.hides_padding:
+            logits[..., max(0, self.num_tokens_known - self.first_row) :] = -torch.inf
 
 
 def build_model_chunks(
@@ -83,6 +116,7 @@ def build_model_chunks(
     statistics: LoadStatistics,
     evaluation: EvaluationMode,
     balance_bias: BalanceBias,
+    decoding: Decoding | None = None,
 ) -> list[GPT]:
     """The chunks of this rank's pipeline stage, in order: one, or virtual_pipeline_parallel_size of them.
 
@@ -91,6 +125,7 @@ def build_model_chunks(
     core_config = transformer_config(config)
     collection = _process_group_collection(groups)
     context = _moe_context(config, groups, device, loss_scale, statistics, evaluation, balance_bias)
+    decoding = decoding or Decoding()
     grid, pipeline_rank = groups.grid, groups.coordinates.pipeline
     virtual = config.parallel.virtual_pipeline_parallel_size
     chunks = []
@@ -99,10 +134,11 @@ def build_model_chunks(
         chunks.append(
             GPT(
                 core_config,
-                block_spec(config, groups, context, layers),
+                block_spec(config, groups, context, layers, decoding),
                 config,
                 groups,
                 collection,
+                decoding,
                 pre_process=pipeline_rank == 0 and chunk == 0,
                 post_process=pipeline_rank == grid.pipeline - 1 and chunk == virtual - 1,
                 vp_stage=chunk if virtual > 1 else None,
@@ -112,7 +148,7 @@ def build_model_chunks(
 
 
 def block_spec(
-    config: Config, groups: ParallelGroups, context: MoEContext, layers: range
+    config: Config, groups: ParallelGroups, context: MoEContext, layers: range, decoding: Decoding
 ) -> TransformerBlockSubmodules:
     """The layers of one stage: the two families, dense and MoE layers, all by choice of submodules."""
     num_experts = experts_by_layer(config.model, config.moe)
@@ -122,7 +158,7 @@ def block_spec(
                 module=TransformerLayer,
                 submodules=TransformerLayerSubmodules(
                     input_layernorm=Norm,
-                    self_attention=_attention_spec(config, groups),
+                    self_attention=_attention_spec(config, groups, decoding),
                     self_attn_bda=get_bias_dropout_add,
                     pre_mlp_layernorm=Norm,
                     mlp=(
@@ -137,7 +173,7 @@ def block_spec(
     )
 
 
-def _attention_spec(config: Config, groups: ParallelGroups) -> ModuleSpec:
+def _attention_spec(config: Config, groups: ParallelGroups, decoding: Decoding) -> ModuleSpec:
     query_norm, key_norm = {
         "none": lambda: (None, None),
         "head": lambda: (HeadNorm, HeadNorm),
@@ -148,7 +184,7 @@ def _attention_spec(config: Config, groups: ParallelGroups) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=CausalAttention,
+            core_attention=ModuleSpec(module=CausalAttention, params={"decoding": decoding}),
             linear_proj=RowParallelLinear,
             q_layernorm=query_norm,
             k_layernorm=key_norm,

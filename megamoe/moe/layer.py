@@ -4,8 +4,9 @@
 
 Tensor parallelism, without expert tensor parallelism: every tensor rank routes its own slice of the sequence, so no
 token is sent or computed twice; with sequence parallelism the slice is what arrives, otherwise it is cut here and
-gathered again. With expert tensor parallelism the experts' matrices are cut like the dense ones: all tensor ranks
-route the same tokens and sum their partial results.
+gathered again (filled up first where it does not divide: a single new token of a text does not). With expert tensor
+parallelism the experts' matrices are cut like the dense ones: all tensor ranks route the same tokens and sum their
+partial results.
 """
 
 import math
@@ -156,6 +157,8 @@ class MoELayer(DeepSpeedMoE):
             beside = partial(self.shared_expert, hidden)
         y, shared = self._route_and_apply(x.reshape(-1, x.shape[-1]), num_sequences=x.shape[1], beside=beside)
         y = self._leave(y.view_as(x))
+        if y.shape[0] > hidden.shape[0]:
+            y = y[: hidden.shape[0]]
         return y if self.shared_expert is None else self.shared_expert.mix(hidden, y, shared), None
 
     def _route_and_apply(
@@ -242,6 +245,8 @@ class MoELayer(DeepSpeedMoE):
         if parallel.expert_tensor_size == 1:
             if parallel.sequence_parallel:
                 return hidden
+            if missing := -hidden.shape[0] % parallel.tensor_size:
+                hidden = nn.functional.pad(hidden, (0, 0, 0, 0, 0, missing))
             return mappings.scatter_to_sequence_parallel_region(hidden, group=parallel.tensor_group)
         if parallel.sequence_parallel:
             return mappings.gather_from_sequence_parallel_region(hidden, group=parallel.tensor_group)

@@ -48,6 +48,10 @@ class Trainer:
     judge: SpikeJudge | None = None
     monitoring_run_id: str | None = None
 
+    @property
+    def device(self) -> torch.device:
+        return self.schedule.device
+
     def train_step(self, batch: Batch, global_batch_size: int) -> StepResult:
         """Advance by one optimizer step over `batch`, this rank's share of global_batch_size sequences."""
         rate = learning_rate(self.config.optimizer, self.step + 1, self.config.run.num_steps)

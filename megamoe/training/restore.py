@@ -31,7 +31,9 @@ from megamoe.training.state import (
     MASTER,
     WEIGHT,
     Piece,
+    WeightHolder,
     masters_from_weights,
+    model_pieces,
     needed,
     random_prefix,
     random_slice,
@@ -117,15 +119,29 @@ def load_weights(trainer: "Trainer", folder: Path) -> Loaded:
 
 def load_weights_of(trainer: "Trainer", checkpoint: Checkpoint) -> Loaded:
     """`load_weights` from a checkpoint that is open."""
-    folder = checkpoint.folder
-    check_same_model(checkpoint.manifest.config, trainer.config, folder, with_optimizer=False)
     kinds = (WEIGHT, MASTER, BALANCE_BIAS)
-    pieces = [piece for piece in needed(trainer) if piece.slice.kind in kinds]
-    pieces, notes = _present(checkpoint, pieces, folder)
-    _together(trainer, lambda: _read_all(trainer, checkpoint, pieces))
+    loaded = _load_pieces(trainer, checkpoint, [piece for piece in needed(trainer) if piece.slice.kind in kinds])
     if trainer.config.run.precision == "fp32" and trainer.engine.zero_stage > 0:
         masters_from_weights(trainer)
-    return Loaded(folder, (*notes, *changed_settings(checkpoint.manifest.config, trainer.config)), is_whole=False)
+    return loaded
+
+
+def load_model(holder: WeightHolder, folder: Path) -> Loaded:
+    """`load_weights` where there is no optimizer: what a forward pass needs."""
+    return _load_pieces(holder, _open(holder, folder), model_pieces(holder))
+
+
+def load_model_of(holder: WeightHolder, checkpoint: Checkpoint) -> Loaded:
+    """`load_model` from a checkpoint that is open."""
+    return _load_pieces(holder, checkpoint, model_pieces(holder))
+
+
+def _load_pieces(holder: WeightHolder, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:
+    folder, saved = checkpoint.folder, checkpoint.manifest.config
+    check_same_model(saved, holder.config, folder, with_optimizer=False)
+    present, notes = _present(checkpoint, pieces, folder)
+    _together(holder, lambda: _read_all(holder, checkpoint, present))
+    return Loaded(folder, (*notes, *changed_settings(saved, holder.config)), is_whole=False)
 
 
 def _present(checkpoint: Checkpoint, pieces: Sequence[Piece], folder: Path) -> tuple[list[Piece], list[str]]:
@@ -148,13 +164,13 @@ def _present(checkpoint: Checkpoint, pieces: Sequence[Piece], folder: Path) -> t
     return [p for p in pieces if p.slice.kind != BALANCE_BIAS], ["balance biases begin at zero: none were saved"]
 
 
-def _open(trainer: "Trainer", folder: Path) -> Checkpoint:
+def _open(holder: WeightHolder, folder: Path) -> Checkpoint:
     found: list[Checkpoint] = []
-    _together(trainer, lambda: found.append(Checkpoint.open(folder)))
+    _together(holder, lambda: found.append(Checkpoint.open(folder)))
     return found[0]
 
 
-def _together(trainer: "Trainer", work: Any) -> None:
+def _together(holder: WeightHolder, work: Any) -> None:
     """Do `work` on every rank; if it finds damage on any of them, raise the same error on all."""
     message = None
     try:
@@ -163,14 +179,14 @@ def _together(trainer: "Trainer", work: Any) -> None:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'a file'} cannot be read ({error.strerror})"
-    found = first_message(message, groups=trainer.groups, device=trainer.schedule.device)
+    found = first_message(message, groups=holder.groups, device=holder.device)
     if found is not None:
         raise DamagedCheckpoint(found[1])
 
 
 @torch.no_grad()
-def _read_all(trainer: "Trainer", checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
-    config = trainer.config
+def _read_all(holder: WeightHolder, checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
+    config = holder.config
     _check_parameters(checkpoint, param_table(config.model, config.moe))
     is_sampled = config.checkpoint.verify == "sampled"
     draw = random.Random(dist.get_rank())

@@ -12,14 +12,17 @@ In fp32 the weight is the master. Kinds and names are those of the checkpoint fo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from megamoe.checkpoint.slices import Slice
+from megamoe.config.schema import Config
 from megamoe.model.naming import LocalParameter
+from megamoe.model.parallel import ParallelGroups
 from megamoe.model.random import random_state
+from megamoe.moe.balance_bias import BalanceBias
 from megamoe.topology.reductions import is_whole_on_each_tensor_rank
 from megamoe.training.optimizer_state import OptimizerPart, optimizer_parts
 
@@ -36,6 +39,18 @@ class Piece:
 
     slice: Slice
     values: Tensor
+
+
+class WeightHolder(Protocol):
+    """What has a rank's part of a model: a trainer, or what only computes with it."""
+
+    config: Config
+    groups: ParallelGroups
+    parameters: list[LocalParameter]
+    balance_bias: BalanceBias
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 def owned(trainer: "Trainer") -> list[Piece]:
@@ -58,13 +73,19 @@ def needed(trainer: "Trainer") -> list[Piece]:
 
     In fp32 under ZeRO the masters are not among them: they follow from the weights (`masters_from_weights`).
     """
-    pieces = []
-    for local in trainer.parameters:
-        values = local.tensor.detach().view(-1)
-        pieces.append(Piece(_slice(WEIGHT, local, values.dtype, 0, values.numel()), values))
+    pieces = model_pieces(trainer)
     for part in optimizer_parts(trainer):
         pieces += [p for p in _pieces_of(trainer, part, part.first, part.last) if p.slice.kind != WEIGHT]
-    return pieces + _balance_biases(trainer)
+    return pieces
+
+
+def model_pieces(holder: WeightHolder) -> list[Piece]:
+    """What a forward pass needs of this rank's part of the model: weights and balance biases."""
+    pieces = []
+    for local in holder.parameters:
+        values = local.tensor.detach().view(-1)
+        pieces.append(Piece(_slice(WEIGHT, local, values.dtype, 0, values.numel()), values))
+    return pieces + _balance_biases(holder)
 
 
 @torch.no_grad()
@@ -124,9 +145,9 @@ def _share(trainer: "Trainer", part: OptimizerPart) -> tuple[int, int]:
     return part.last * number // copies, part.last * (number + 1) // copies
 
 
-def _balance_biases(trainer: "Trainer") -> list[Piece]:
+def _balance_biases(holder: WeightHolder) -> list[Piece]:
     pieces = []
-    for layer, bias in sorted(trainer.balance_bias.by_layer.items()):
+    for layer, bias in sorted(holder.balance_bias.by_layer.items()):
         size = bias.numel()
         where = Slice(BALANCE_BIAS, f"layers.{layer}.router", "F32", (size,), ((0, size),), 0, size)
         pieces.append(Piece(where, bias))

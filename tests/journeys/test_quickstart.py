@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamoe.checkpoint_commands import resolve_checkpoint
+from megamoe.checkpoint.folders import resolve_checkpoint
 from megamoe.cli import main
 from megamoe.config.schema import TokenizerConfig
 from megamoe.data.indexed import IndexedDataset

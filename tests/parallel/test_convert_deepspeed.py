@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamoe.checkpoint_commands import resolve_checkpoint
+from megamoe.checkpoint.folders import resolve_checkpoint
 from megamoe.cli import main
 from megamoe.convert.deepspeed_folders import open_deepspeed
 from megamoe.errors import ConversionError

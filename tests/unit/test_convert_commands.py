@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from megamoe.checkpoint_commands import resolve_checkpoint
+from megamoe.checkpoint.folders import resolve_checkpoint
 from megamoe.cli import main
 from megamoe.config.loading import load_config
 from megamoe.errors import ConversionError

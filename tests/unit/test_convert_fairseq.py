@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megamoe.checkpoint_commands import resolve_checkpoint
+from megamoe.checkpoint.folders import resolve_checkpoint
 from megamoe.cli import main
 from megamoe.convert.fairseq import open_fairseq
 from megamoe.convert.megatron_dist import refuse_torch_dist

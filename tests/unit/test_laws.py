@@ -37,14 +37,18 @@ MAY_IMPORT = {
     "checkpoint_commands": {"errors", "progress", "config", "topology", "checkpoint"},
     "convert": {"errors", "host_memory", "config", "topology", "data", "checkpoint"},
     "verification": {"errors", "config", "topology", "data", "launch", "checkpoint", "convert", "training"},
-    "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "checkpoint_commands", "convert",
+    "inference": {"errors", "host_memory", "config", "topology", "launch", "checkpoint", "convert", "model", "moe",
+                  "training"},
+    "generation": {"errors", "config", "data", "inference"},
+    "generate_commands": {"errors", "arguments", "data", "inference", "generation"},
+    "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
     "hf": set(),
     "pictures": set(),
     "report": {"errors", "config", "topology", "checkpoint", "runs", "pictures"},
     "report_commands": {"errors", "arguments", "report"},
     "surgery": {"errors", "config", "topology", "checkpoint"},
-    "surgery_commands": {"errors", "progress", "config", "topology", "checkpoint", "checkpoint_commands", "surgery",
+    "surgery_commands": {"errors", "progress", "config", "topology", "checkpoint", "surgery",
                          "verification"},
     "plan": {"errors", "config", "topology", "pictures"},
     "plan_commands": {"errors", "arguments", "progress", "config", "launch", "plan", "dry_run"},
@@ -58,7 +62,7 @@ MAY_IMPORT = {
                  "sinks", "watchdog"},
     "cli": {"errors", "arguments", "host_memory", "config", "topology", "launch", "training", "data", "checkpoint",
             "runs", "attempt_commands", "preflight_commands", "checkpoint_commands", "convert_commands",
-            "plan_commands", "report_commands", "submit_commands", "surgery_commands"},
+            "generate_commands", "plan_commands", "report_commands", "submit_commands", "surgery_commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -67,7 +71,7 @@ MAY_IMPORT = {
 ENGINES = {"megatron", "deepspeed"}
 ENGINE_FILES = {
     "megatron": ("model/*.py", "moe/layer.py", "moe/shared.py", "training/groups.py", "training/engine.py",
-                 "training/step.py"),
+                 "training/step.py", "inference/schedule.py"),
     "deepspeed": ("model/cpu_bridge.py", "moe/layer.py", "training/groups.py", "training/engine.py",
                   "dry_run/accelerator.py"),
 }
@@ -76,7 +80,7 @@ ENGINE_FILES = {
 TORCH_FREE = ("cli", "phases", "runs", "sinks", "watchdog", "attempt_commands", "preflight_commands", "config",
               "topology", "plan", "launch", "data", "checkpoint", "checkpoint_commands", "convert", "surgery",
               "surgery_commands", "convert_commands", "plan_commands", "pictures", "report", "report_commands",
-              "submit", "submit_commands")
+              "submit", "submit_commands", "generate_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 

@@ -1,0 +1,112 @@
+"""`megamoe generate`: arguments and refusals. No torch.
+
+Exit codes: 0 all prompts are continued, 1 a rank failed, 2 refused.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megamoe.arguments import positive
+from megamoe.errors import ConfigError, DataError
+
+_EPILOG = """examples:
+  megamoe generate runs/first --prompt 'Once upon a time' --max-new-tokens 60 --temperature 0.8
+  megamoe generate runs/first --prompts prompts.jsonl --out texts.jsonl run.micro_batch_size=16
+  megamoe generate runs/large --prompts - --local-ranks 4 parallel.tensor_parallel_size=2 run.precision=bf16"""
+
+
+def add_generate_commands(commands: Any) -> None:
+    """Add `generate` to the subcommands of `megamoe`."""
+    parser = commands.add_parser(
+        "generate",
+        help="continue texts with a model",
+        description="Continue texts with a checkpoint or a Hugging Face folder, under any layout. Experts take all "
+        "tokens: no text depends on the others of its batch.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_generate, parser=parser)
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a run, or a Hugging Face folder")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="layout, precision, micro-batch size")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    given.add_argument("--prompts", metavar="FILE", help='JSON Lines with "prompt" each, or plain lines; - is stdin')
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: the likeliest")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0: among all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among those that make up P")
+    parser.add_argument("--seed", type=int, default=0, help="each prompt has its own draws, whatever its batch (0)")
+    parser.add_argument("--ignore-end", action="store_true", help="go on after the end of a document")
+    parser.add_argument("--out", metavar="FILE", help="write JSON Lines there")
+    parser.add_argument("--json", action="store_true", help="print JSON Lines")
+    parser.add_argument("--local-ranks", type=positive, metavar="N", help="start N ranks on this machine")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from megamoe.inference.launching import compute_on_ranks
+    from megamoe.inference.sources import model_checkpoint
+
+    texts = options.prompt or _read(options.prompts)
+    with model_checkpoint(options.model) as checkpoint:
+        return compute_on_ranks(
+            "megamoe.generation.worker:run_rank", lambda num_ranks: _prepare(options, checkpoint, texts, num_ranks),
+            local_ranks=options.local_ranks,
+        )  # fmt: skip
+
+
+def _prepare(options: argparse.Namespace, checkpoint: Path, texts: list[str], num_ranks: int) -> Any:
+    from megamoe.data.tokenizers import build_tokenizer
+    from megamoe.inference.settings import forward_config
+
+    config = forward_config(checkpoint, options.overrides, num_ranks=num_ranks)
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {checkpoint} {config.model.vocab_size}: "
+            "name the one that it was trained with, as in data.tokenizer.path=…"
+        )
+    context = config.model.seq_length
+    prompts = []
+    for number, text in enumerate(texts):
+        ids = tokenizer.encode(text) or [tokenizer.end_of_document_id]
+        if len(ids) >= context:
+            raise ConfigError(f"prompt {number} has {len(ids)} tokens: the model continues up to {context - 1}")
+        prompts.append({"text": text, "ids": ids})
+    ends = [] if options.ignore_end else [tokenizer.end_of_document_id]
+    return config, {
+        "checkpoint": str(checkpoint.resolve()), "prompts": prompts, "out": options.out, "json": options.json,
+        "limits": {"num_new": options.max_new_tokens, "context": context, "end_ids": ends},
+        "sampling": _sampling(options),
+    }  # fmt: skip
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    from megamoe.generation.settings import Sampling
+
+    made = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    return {"temperature": made.temperature, "top_k": made.top_k, "top_p": made.top_p, "seed": made.seed}
+
+
+def _read(name: str) -> list[str]:
+    """The prompts of a file. Raises DataError naming the line that is none."""
+    try:
+        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name} cannot be read as text: {error}") from None
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise DataError(f"{name} holds no prompt")
+    if not lines[0][1].lstrip().startswith("{"):
+        return [line for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, TypeError, KeyError):
+            prompts.append(None)
+        if not isinstance(prompts[-1], str):
+            raise DataError(f'{name}, line {number} is no JSON object with a text "prompt"')
+    return prompts

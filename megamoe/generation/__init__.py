@@ -1,0 +1,1 @@
+"""Texts continued token by token, by any checkpoint under any layout."""

@@ -1,0 +1,36 @@
+"""Which token comes next: the likeliest, or a draw from what temperature, top-k and top-p leave.
+
+    b texts   V tokens of the vocabulary
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamoe.generation.settings import Sampling
+
+
+def choose(logits: Tensor, sampling: Sampling, texts: Sequence[int], step: int) -> Tensor:
+    """logits [b, V] -> ids int64 [b]. Text number and step alone decide the draw: not who else is in the batch."""
+    if sampling.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    values, ids = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    probabilities = values.softmax(dim=-1)
+    if sampling.top_k:
+        probabilities[:, sampling.top_k :] = 0.0
+    if sampling.top_p < 1.0:
+        before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier ones; the first always stays
+        probabilities[before >= sampling.top_p * probabilities.sum(dim=-1, keepdim=True)] = 0.0
+    sums = probabilities.cumsum(dim=-1)
+    drawn = torch.tensor([uniform(sampling.seed, text, step) for text in texts], dtype=torch.float64)
+    wanted = drawn.to(sums.device).unsqueeze(1) * sums[:, -1:]
+    place = torch.searchsorted(sums, wanted, right=True)
+    last = (probabilities > 0.0).sum(dim=-1, keepdim=True) - 1  # rounding must not reach what was cut off
+    return ids.gather(1, torch.minimum(place, last)).squeeze(1)
+
+
+def uniform(seed: int, text: int, step: int) -> float:
+    """A number in [0, 1) that depends on these three alone."""
+    return float(np.random.Generator(np.random.Philox(key=[seed, text], counter=[step, 0, 0, 0])).random())

@@ -1,0 +1,55 @@
+"""The configuration of a forward pass: the checkpoint's model, under a layout and precision of its own. No torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megamoe.checkpoint.reader import Checkpoint
+from megamoe.checkpoint.reshard import config_of
+from megamoe.config.loading import override_config
+from megamoe.config.schema import Config
+from megamoe.config.validation import validate
+from megamoe.errors import ConfigError
+
+# What a layout was for in training has no use here, or cannot be had with texts of any length.
+_ONE_RANK = (
+    "parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1", "parallel.expert_parallel_size=1",
+    "parallel.virtual_pipeline_parallel_size=1", "parallel.expert_tensor_parallel_size=1",
+    "parallel.sequence_parallel=false", "parallel.all_to_all=flat", "parallel.all_to_all_chunks=1",
+    "parallel.ranks_per_node=null", "parallel.zero_stage=0", "parallel.recompute=none",
+    "optimizer.name=sgd", "optimizer.momentum=0.0", "optimizer.expert_lr_scale=1.0", "guard.action=disabled",
+)  # fmt: skip
+_SECTIONS = ("parallel.", "run.", "moe.eval_capacity_", "data.tokenizer", "checkpoint.verify")
+_REFUSED = {
+    "parallel.sequence_parallel": "texts of any length do not divide over tensor ranks",
+    "parallel.virtual_pipeline_parallel_size": "interleaving only helps where gradients are computed",
+    "parallel.zero_stage": "there is no optimizer",
+    "parallel.recompute": "there is no backward pass",
+}
+
+
+def forward_config(checkpoint: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1) -> Config:
+    """The checkpoint's configuration for forward passes on `num_ranks` ranks; one rank and fp32 where nothing is said.
+
+    overrides: "section.key=value" of the layout (parallel.…), run.precision, run.device, run.micro_batch_size,
+    moe.eval_capacity_…, data.tokenizer.…. Raises ConfigError for any other, and TopologyError where the layout does not
+    fit the ranks.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in _REFUSED:
+            raise ConfigError(f"{key} cannot be set for a forward pass: {_REFUSED[key]}")
+        if not key.startswith(_SECTIONS):
+            raise ConfigError(
+                f"{key} cannot be set for a forward pass: valid are parallel.…, run.precision, run.device, "
+                "run.micro_batch_size, moe.eval_capacity_…, data.tokenizer.…, checkpoint.verify"
+            )
+    with Checkpoint.open(checkpoint) as opened:
+        config = config_of(opened)
+    where = str(checkpoint)
+    config = override_config(config, (*_ONE_RANK, "run.precision=fp32", "run.micro_batch_size=1", *overrides), where)
+    sizes = config.parallel
+    data_parallel = max(1, num_ranks // (sizes.tensor_parallel_size * sizes.pipeline_parallel_size))
+    batch = data_parallel * config.run.micro_batch_size
+    config = override_config(config, (f"run.global_batch_size={batch}", "run.batch_size_ramp=null"), where)
+    validate(config, num_ranks)
+    return config

@@ -1,0 +1,123 @@
+"""Greedy texts are transformers', prompt by prompt, alone and in batches, under every layout; draws are a text's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megamoe.convert.from_hf import import_
+from megamoe.convert.hf_tables import conversion, from_hf_config
+from megamoe.generation.loop import Limits, generate
+from megamoe.generation.settings import Sampling
+from megamoe.inference.model import ForwardModel, build_forward_model
+from megamoe.inference.settings import forward_config
+from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
+from tests.harness import run_ranks
+from tests.parallel.test_convert_layouts import make_custom
+from tests.parallel.worlds import parallel, world
+from tests.unit.convert_cases import CASES, SEQ, VOCAB
+
+MODELS = ("llama", "qwen3 moe", "custom")
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "alone": (1, ()),
+    "batches of 4": (1, ("run.micro_batch_size=4",)),
+    "tp2, batches of 7": (2, (*parallel(tp=2), "run.micro_batch_size=7")),
+    "pp2, batches of 3": (2, (*parallel(pp=2), "run.micro_batch_size=3")),
+    "dp2, batches of 8": (2, ("run.micro_batch_size=8",)),
+    "tp2 pp2 dp2, batches of 5": (8, (*parallel(tp=2, pp=2), "run.micro_batch_size=5")),
+}
+WITH_EXPERTS = {"tp2 pp2 dp2, batches of 5": parallel(ep=2), "dp2, batches of 8": parallel(ep=2)}
+END, NUM_NEW = 4, 8
+LIMITS = Limits(num_new=NUM_NEW, context=SEQ, end_ids=(END,))
+WARM = Sampling(temperature=0.9, top_k=20, top_p=0.95, seed=5)
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all launches
+
+
+def prompts() -> list[list[int]]:
+    """Fifty, from one token to all but one of the context."""
+    draw = np.random.default_rng(17)
+    return [draw.integers(6, VOCAB, 1 + number % (SEQ - 1)).tolist() for number in range(50)]
+
+
+def settings_of(model: str, layout: str) -> tuple[str, ...]:
+    return LAYOUTS[layout][1] + (() if model == "llama" else WITH_EXPERTS.get(layout, ()))
+
+
+def texts(model: ForwardModel, sampling: Sampling) -> list[tuple[list[int], str]]:
+    found = {text.number: text for done in generate(model, prompts(), LIMITS, sampling) for text in done}
+    assert sorted(found) == list(range(50))
+    return [(found[number].new, found[number].finish) for number in range(50)]
+
+
+def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
+    found = {}
+    for name in MODELS:
+        checkpoint = checkpoints_path(Path(root) / name / "run") / checkpoint_name(0)
+        for layout, (ranks, _) in LAYOUTS.items():
+            if ranks != size:
+                continue
+            config = forward_config(checkpoint, settings_of(name, layout), num_ranks=size)
+            with world(config) as device:
+                model = build_forward_model(config, checkpoint, device)
+                found[name, layout] = {"greedy": texts(model, Sampling()), "drawn": texts(model, WARM)}
+                torch.distributed.barrier()
+                model.close()
+    return found
+
+
+def theirs(model: torch.nn.Module) -> list[list[int]]:
+    found = []
+    for prompt in prompts():
+        out = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=min(NUM_NEW, SEQ - len(prompt)), eos_token_id=END,
+            pad_token_id=5,
+        )  # fmt: skip
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("generate")
+    expected, ours = {}, {}
+    torch.set_num_threads(1)
+    for name in MODELS:
+        folder = root / name / "hf"
+        built = make_custom(folder) if name == "custom" else CASES[name].build()
+        if name != "custom":
+            built.save_pretrained(folder)
+        with torch.no_grad():
+            expected[name] = theirs(built)
+        their_config = json.loads((folder / "config.json").read_text())
+        import_(folder, root / name / "run", conversion(from_hf_config(their_config), their_config), workers=0)
+    for size in sorted({ranks for ranks, _ in LAYOUTS.values()}):
+        ranks = run_ranks(compute_all, size, size, str(root), init=False, timeout_seconds=300)
+        assert all(other == ranks[0] for other in ranks[1:])
+        ours |= ranks[0]
+    return {"theirs": expected, "ours": ours}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_greedy_texts_are_those_of_transformers(model, layout, outcomes):
+    found, expected = outcomes["ours"][model, layout]["greedy"], outcomes["theirs"][model]
+    assert [new for new, _ in found] == expected
+    for prompt, (new, finish) in zip(prompts(), found, strict=True):
+        full = len(prompt) + len(new) == SEQ
+        assert finish == ("end" if new[-1] == END else "length" if len(new) == NUM_NEW else "context")
+        assert finish != "context" or full
+
+
+def test_some_texts_end_in_each_way(outcomes):
+    finishes = {finish for found in outcomes["ours"].values() for _, finish in found["greedy"] + found["drawn"]}
+    assert finishes == {"end", "length", "context"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_texts_draws_depend_on_nothing_else(model, outcomes):
+    drawn = [outcomes["ours"][model, layout]["drawn"] for layout in LAYOUTS]
+    assert all(other == drawn[0] for other in drawn[1:])
+    assert drawn[0] != outcomes["ours"][model, "alone"]["greedy"]

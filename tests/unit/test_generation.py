@@ -1,0 +1,104 @@
+"""How tokens are drawn, and what `megamoe generate` refuses."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megamoe.cli import main
+from megamoe.errors import ConfigError, DataError
+from megamoe.generate_commands import _read
+from megamoe.generation.choosing import choose, uniform
+from megamoe.generation.settings import Sampling
+
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -torch.inf, 0.0])
+
+
+def frequencies(sampling: Sampling, num_draws: int = 4_000) -> np.ndarray:
+    rows = LOGITS.expand(num_draws, -1)
+    ids = choose(rows, sampling, range(num_draws), step=3)
+    return np.bincount(ids.numpy(), minlength=len(LOGITS)) / num_draws
+
+
+def expected(temperature: float, kept: list[int]) -> np.ndarray:
+    """Softmax over the kept ids alone."""
+    weights = np.zeros(len(LOGITS))
+    weights[kept] = np.exp(LOGITS.double().numpy()[kept] / temperature)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "temperature", "kept"),
+    [
+        (Sampling(temperature=1.0), 1.0, [0, 1, 2, 3, 5]),
+        (Sampling(temperature=0.5), 0.5, [0, 1, 2, 3, 5]),
+        (Sampling(temperature=1.0, top_k=2), 1.0, [0, 3]),
+        # Probabilities 0.47, 0.29, 0.10, 0.06, 0.02 of ids 0, 3, 2, 5, 1 (times 1/0.94): 0.75 needs the first two.
+        (Sampling(temperature=1.0, top_p=0.75), 1.0, [0, 3]),
+        (Sampling(temperature=1.0, top_p=0.9), 1.0, [0, 2, 3]),
+        (Sampling(temperature=2.0, top_k=4, top_p=0.5), 2.0, [0, 3]),
+        (Sampling(temperature=1.0, top_p=1e-9), 1.0, [0]),
+    ],
+)
+def test_draws_follow_what_is_left_of_the_distribution(sampling, temperature, kept):
+    np.testing.assert_allclose(frequencies(sampling), expected(temperature, kept), atol=0.03)
+
+
+def test_the_likeliest_token():
+    assert choose(LOGITS[None], Sampling(), [0], 0).tolist() == [0]
+
+
+def test_a_draw_is_the_texts_own():
+    sampling = Sampling(temperature=1.5, seed=9)
+    rows = torch.randn((8, 50), generator=torch.Generator().manual_seed(0))
+    together = choose(rows, sampling, range(8), step=2)
+    for number in range(8):
+        assert choose(rows[number : number + 1], sampling, [number], step=2) == together[number]
+    draws = {uniform(seed, text, step) for seed in range(5) for text in range(5) for step in range(5)}
+    assert len(draws) == 125 and all(0.0 <= draw < 1.0 for draw in draws)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature -1.0 is impossible: use 0 (the likeliest token) or more"),
+        ({"temperature": float("nan")}, "temperature nan is impossible: use 0 (the likeliest token) or more"),
+        ({"top_k": -1}, "top-k -1 is impossible: use 1 or more, or 0 for all tokens"),
+        ({"top_p": 0.0}, "top-p 0.0 is impossible: use more than 0 and at most 1"),
+        ({"top_p": 1.5}, "top-p 1.5 is impossible: use more than 0 and at most 1"),
+        ({"seed": -1}, "seed -1 is impossible: use a whole number from 0 to 2**64 - 1"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(ConfigError) as raised:
+        Sampling(**settings)
+    assert str(raised.value) == message
+
+
+def test_prompts_of_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "prompts"
+    path.write_text("one\n\n two \n")
+    assert _read(str(path)) == ["one", " two "]
+    path.write_text(json.dumps({"prompt": "a\nb", "more": 1}) + "\n\n" + json.dumps({"prompt": ""}) + "\n")
+    assert _read(str(path)) == ["a\nb", ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("from stdin\n"))
+    assert _read("-") == ["from stdin"]
+    for content, message in (
+        ("", f"{path} holds no prompt"),
+        ('{"prompt": "x"}\n{"text": "x"}', f'{path}, line 2 is no JSON object with a text "prompt"'),
+        ('{"prompt": 3}', f'{path}, line 1 is no JSON object with a text "prompt"'),
+        ('{"prompt": "x"}\n{broken', f'{path}, line 2 is no JSON object with a text "prompt"'),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError) as raised:
+            _read(str(path))
+        assert str(raised.value) == message
+    with pytest.raises(DataError, match=r"^/none/there cannot be read as text: "):
+        _read("/none/there")
+
+
+def test_what_is_no_model_is_refused(tmp_path, capsys):
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert capsys.readouterr().err == f"megamoe: error: {tmp_path} is no checkpoint, and no folder with checkpoints\n"
