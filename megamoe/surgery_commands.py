@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _PATH_HELP = "a checkpoint's folder, or a run's: then its newest checkpoint"
 _OUT_HELP = "the folder of the new run; it must not exist"
-_LOAD_HELP = 'tokens of each expert: a JSON file {"layer": [counts]}, layers counted from 0'
+_LOAD_HELP = 'tokens of each expert: a run, or a JSON file {"layer": [counts]}, layers counted from 0'
 _BY_HELP = "what makes experts alike: their router rows (default) or all their weights"
 _NOISE_HELP = "standard deviation of noise on {}, relative to what it is added to (default 0)"
 

@@ -1,7 +1,7 @@
-"""Tokens per expert, as the user gives them, and who is the busiest.
+"""Tokens per expert, and who is the busiest.
 
-A run keeps sums over its experts alone: `metrics.jsonl` has entropy, the fullest and emptiest fifths, unused experts.
-Which expert had how many tokens is in neither it nor a checkpoint; it comes from a JSON file, {"layer": [counts]}.
+A run counts them in `expert_loads.jsonl`, an interval of steps a line. Counts over other text come from a JSON file,
+{"layer": [counts]}.
 """
 
 import json
@@ -10,13 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamoe.errors import ConfigError
+from megamoe.runs.line_stream import json_lines
+from megamoe.runs.metrics import EXPERT_LOADS_FILE
 
 Loads = Mapping[int, Sequence[float]]  # 0-based MoE layer -> tokens of each expert
 
 
 def read_loads(path: Path, num_experts: Mapping[int, int]) -> dict[int, list[float]]:
-    """The file's loads; num_experts: MoE layer -> experts. Raises ConfigError for a file that does not fit them."""
-    tree = read_layers(path, num_experts)
+    """The loads of a JSON file, of a run's folder or of its expert_loads.jsonl; num_experts: MoE layer -> experts.
+
+    Raises ConfigError for a file that does not fit them.
+    """
+    path = path / EXPERT_LOADS_FILE if path.is_dir() else path
+    tree = _sums(path, num_experts) if path.name.endswith(".jsonl") else read_layers(path, num_experts)
     for layer, counts in tree.items():
         where = f"{path}: layer {layer}"
         if len(counts) != num_experts[layer]:
@@ -27,6 +33,30 @@ def read_loads(path: Path, num_experts: Mapping[int, int]) -> dict[int, list[flo
         if not sum(counts):
             raise ConfigError(f"{where} has no token at all: count over some text")
     return {layer: [float(count) for count in counts] for layer, counts in tree.items()}
+
+
+def _sums(path: Path, num_experts: Mapping[int, int]) -> dict[int, list[float]]:
+    """Over the lines of a run, where a step stands once, however often it was done. Other lines are left out."""
+    sizes = {str(layer): count for layer, count in num_experts.items()}
+    total = {layer: [0.0] * count for layer, count in num_experts.items()}
+    num_lines = 0
+    for line in json_lines(path):
+        layers = line.get("layers")
+        if not isinstance(layers, dict) or not all(_are_numbers(counts) for counts in layers.values()):
+            continue
+        if {layer: len(counts) for layer, counts in layers.items()} == sizes:
+            num_lines += 1
+            for layer, sums in total.items():
+                total[layer] = [one + more for one, more in zip(sums, layers[str(layer)], strict=True)]
+    if not num_lines:
+        raise ConfigError(
+            f"{path} holds no loads of these layers and experts: give the run's own, or a JSON file with counts"
+        )
+    return total
+
+
+def _are_numbers(counts: object) -> bool:
+    return isinstance(counts, list) and all(isinstance(count, int | float) for count in counts)
 
 
 def read_layers(path: Path, num_experts: Mapping[int, int]) -> dict[int, list]:

@@ -15,6 +15,7 @@ from megamoe.checkpoint.commit import recover  # noqa: E402
 from megamoe.config.schema import Config  # noqa: E402
 from megamoe.config.validation import validate_for_training  # noqa: E402
 from megamoe.data.datasets import Splits, open_splits  # noqa: E402
+from megamoe.data.manifest import check_tokenizer  # noqa: E402
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer  # noqa: E402
 from megamoe.errors import ConfigError, TrainingInterrupted, TrainingStopped  # noqa: E402
 from megamoe.launch.environment import RankEnvironment, rank_environment  # noqa: E402
@@ -60,6 +61,8 @@ def _run(config: Config, environment: RankEnvironment, supervision: Supervision)
     )
     wants_sample = config.monitor.sample_prompt is not None and config.monitor.num_sample_tokens > 0
     tokenizer = build_tokenizer(config.data.tokenizer) if wants_sample else None
+    for corpus in config.data.train if tokenizer is not None else ():
+        check_tokenizer(corpus.path, tokenizer.describe())
     device = initialize_distributed(environment, config.parallel.timeout_seconds)
     supervision.start(device)
     is_first = environment.rank == 0

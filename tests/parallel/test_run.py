@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from megamoe.cli import main
 from megamoe.config.loading import load_config
 from megamoe.config.schema import Config
 from megamoe.data.indexed import IndexedWriter
+from megamoe.data.manifest import write_manifest
 from megamoe.data.tokenizers import ByteTokenizer
 from megamoe.launch.environment import rank_environment
 from megamoe.runs.metrics import read_metrics
 from megamoe.training.batch_size import global_batch_size
 from megamoe.training.main import run_rank
-from tests.harness import run_ranks
+from tests.harness import RanksFailed, run_ranks
 from tests.parallel.worlds import LAUNCH_TIMEOUT_SECONDS
 
 TRAINING_KEYS = {
@@ -211,3 +213,12 @@ def test_data_ranks_see_the_same_global_batches(runs):
             for key in {"lm_loss", "aux_loss", "grad_norm", "valid_loss"} & mine.keys():
                 assert mine[key] == pytest.approx(other[key], rel=1e-5), (key, mine["step"])
             assert mine.get("samples") == other.get("samples")
+
+
+def test_a_sample_needs_the_tokenizer_of_the_data(corpus, tmp_path):
+    for ending in (".bin", ".idx"):
+        shutil.copyfile(f"{corpus}{ending}", tmp_path / f"text{ending}")
+    write_manifest(tmp_path / "text", {"tokenizer": {"kind": "sentencepiece", "vocab_size": 260, "sha256": "0"}})
+    with pytest.raises(RanksFailed, match=r"text was written with another tokenizer than data\.tokenizer: its kind is"):
+        run(1, config_of(tmp_path / "text", tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "pictures": set(),
     "report": {"errors", "config", "topology", "checkpoint", "runs", "pictures"},
     "report_commands": {"errors", "arguments", "report"},
-    "surgery": {"errors", "config", "topology", "checkpoint"},
+    "surgery": {"errors", "config", "topology", "checkpoint", "runs"},
     "surgery_commands": {"errors", "progress", "config", "topology", "checkpoint", "surgery",
                          "verification"},
     "plan": {"errors", "config", "topology", "pictures"},
