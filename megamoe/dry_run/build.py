@@ -42,13 +42,13 @@ def without_memory(kernels: Kernels = "cuda") -> Iterator[None]:
 
 
 def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float, is_causal: bool, scale: float | None,
-    enable_gqa: bool,
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """On the meta device torch would choose its plain attention, whose [s, s] matrices no rank of a cluster keeps. This
     is the flash kernel that CPUs run; that of GPUs keeps the same, and it alone has dropout."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, scale=scale
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
 
 
