@@ -17,9 +17,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from megamoe.config.schema import Config
 from megamoe.model.attention import CausalAttention
+from megamoe.model.classifier import ClassificationHead
 from megamoe.model.embedding import TokenEmbedding
 from megamoe.model.norms import FullNorm, HeadNorm, Norm
 from megamoe.model.parallel import ParallelGroups
@@ -30,7 +32,7 @@ from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELay
 from megamoe.moe.losses import LossScale
 from megamoe.moe.shared import SharedExpert
 from megamoe.moe.statistics import LoadStatistics
-from megamoe.topology.parameters import dimensions, experts_by_layer, padded_vocab_size
+from megamoe.topology.parameters import dimensions, experts_by_layer, is_output_tied, padded_vocab_size
 from megamoe.topology.stages import stage_layers
 
 # Megatron warns once per layer that our MoE layer is not one of the classes it hands groups to; it has its own.
@@ -40,7 +42,8 @@ logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
 
 
 class GPT(GPTModel):
-    """GPTModel with our token embedding. Input ids [b, s]; output losses [b, s], logits, or hidden states [s, b, h]."""
+    """GPTModel with our token embedding, and of a classifier the head. Input ids [b, s]; output losses [b, s], logits,
+    or hidden states [s, b, h]."""
 
     def __init__(
         self, config: TransformerConfig, spec: TransformerBlockSubmodules, settings: Config, groups: ParallelGroups,
@@ -52,7 +55,7 @@ class GPT(GPTModel):
             spec,
             vocab_size=padded_vocab_size(model),
             max_sequence_length=model.seq_length,
-            share_embeddings_and_output_weights=model.tie_embeddings,
+            share_embeddings_and_output_weights=is_output_tied(model),
             position_embedding_type="rope" if model.position_embedding == "rope" else "none",
             rotary_base=model.rope_base,
             pg_collection=collection,
@@ -68,6 +71,18 @@ class GPT(GPTModel):
                 sinusoidal=model.position_embedding == "sinusoidal",
                 tensor_rank=groups.coordinates.tensor,
             )
+        self.score = None
+        if model.num_labels and self.post_process:
+            self.output_layer = None
+            self.score = ClassificationHead(
+                model.hidden_size, model.num_labels, config.params_dtype, groups.tensor,
+                sequence_parallel=config.sequence_parallel,
+            )  # fmt: skip
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.score is None:
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        return self.score(hidden_states, kwargs["labels"])
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Nothing to set up: both copies of a tied embedding are filled with the same values by name, and Megatron's

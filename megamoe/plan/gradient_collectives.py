@@ -16,6 +16,7 @@ from megamoe.plan.quantities import Collective, Family, Phase
 from megamoe.plan.roles import HeldParameter, Role
 from megamoe.plan.states import ELEMENT_BYTES, MASTER_BYTES, MAX_STAGE_0_BUCKET_ELEMENTS
 from megamoe.topology.grid import Coordinates, Grid
+from megamoe.topology.parameters import is_output_tied
 from megamoe.topology.reductions import is_summed_over_tensor
 from megamoe.topology.updates import reduce_bucket_elements
 
@@ -151,7 +152,7 @@ def _finalizer(
     if summed:
         yield Collective("all_reduce", "tensor", "gradients in parts", "update", summed * MASTER_BYTES, 1)
     embedding = next((held for held in role.parameters if held.parameter.kind == "embedding"), None)
-    if config.model.tie_embeddings and grid.pipeline > 1 and embedding is not None:
+    if is_output_tied(config.model) and grid.pipeline > 1 and embedding is not None:
         size = embedding.num_elements * MASTER_BYTES
         yield Collective("all_reduce", "tied_embedding", "tied embedding", "update", size, 1)
     yield Collective("all_reduce", "world", "norm, loss and stop", "update", 40, 1)  # five fp64 numbers

@@ -6,7 +6,7 @@ from functools import cache, cached_property, lru_cache
 
 from megamoe.config.schema import Config, ModelConfig, MoEConfig
 from megamoe.topology.grid import Grid
-from megamoe.topology.parameters import Parameter, experts_by_layer, local_shape, param_table
+from megamoe.topology.parameters import Parameter, experts_by_layer, is_output_tied, local_shape, param_table
 from megamoe.topology.stages import chunk_parameters, stage_layers
 
 
@@ -131,7 +131,7 @@ def _role_on(model: ModelConfig, moe: MoEConfig, grid: Grid, virtual: int, pipel
             chunk=number,
         )
         held += [_held(parameter, grid, chunk) for parameter in sorted(table, key=_place_in_model)]
-        if chunk.has_head and not chunk.has_embedding and held and model.tie_embeddings:
+        if chunk.has_head and not chunk.has_embedding and held and is_output_tied(model):
             # The model has its output matrix last.
             held.append(held.pop(next(i for i, each in enumerate(held) if each.tied_copy)))
     return Role(tuple(pipeline_ranks), chunks, tuple(held))

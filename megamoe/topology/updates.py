@@ -3,10 +3,28 @@
 import math
 from typing import NamedTuple
 
-from megamoe.config.schema import OptimizerConfig
+from megamoe.config.schema import FinetuneConfig, OptimizerConfig
 from megamoe.topology.parameters import Parameter
 
 MAX_REDUCE_BUCKET_ELEMENTS = 100_000_000
+
+
+# Kinds of parameters in each part that finetune.freeze can name. The head of a classifier is in none.
+_PARTS = {
+    "routers": {"router"},
+    "experts": {"expert"},
+    "dense": {"embedding", "norm", "attention", "ffn", "mix", "output"},
+    "embeddings": {"embedding"},
+    "norms": {"norm"},
+    "attention": {"attention"},
+    "ffn": {"ffn", "mix"},
+    "output": {"output"},
+}
+
+
+def is_frozen(parameter: Parameter, finetune: FinetuneConfig) -> bool:
+    """Whether training leaves the parameter as it is: it has no gradient and no optimizer state."""
+    return any(parameter.kind in _PARTS[part] for part in finetune.freeze)
 
 
 class UpdateKind(NamedTuple):
