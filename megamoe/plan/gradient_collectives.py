@@ -13,7 +13,7 @@ from functools import lru_cache
 from megamoe.config.schema import Config, OptimizerConfig
 from megamoe.plan.optimizer_groups import OptimizerGroup, optimizer_groups
 from megamoe.plan.quantities import Collective, Family, Phase
-from megamoe.plan.roles import HeldParameter, Role
+from megamoe.plan.roles import HeldParameter, Role, trained_part
 from megamoe.plan.states import ELEMENT_BYTES, MASTER_BYTES, MAX_STAGE_0_BUCKET_ELEMENTS
 from megamoe.topology.grid import Coordinates, Grid
 from megamoe.topology.parameters import is_output_tied
@@ -25,6 +25,7 @@ Member = tuple[OptimizerGroup, int]  # a parameter: its group, its number there
 
 def update_collectives(config: Config, grid: Grid, role: Role, at: Coordinates) -> Iterator[Collective]:
     """Those of `ScheduleEngine.apply_gradients` and of `BalanceBias.update`."""
+    role = trained_part(role, config.finetune)
     groups = optimizer_groups(role, config.optimizer, grid)
     zero_stage = config.parallel.zero_stage
     if zero_stage == 0:
@@ -36,7 +37,8 @@ def update_collectives(config: Config, grid: Grid, role: Role, at: Coordinates) 
         for group in groups:
             size = group.partition_elements * ELEMENT_BYTES[config.run.precision]
             yield Collective("all_gather", _family(group.is_expert), "updated weights", "update", size, 1)
-    if config.moe.balance_bias_update_rate > 0.0 and role.moe_experts:
+    moves_biases = config.moe.balance_bias_update_rate > 0.0 and "routers" not in config.finetune.freeze
+    if moves_biases and role.moe_experts:
         for family in ("tensor", "data"):
             yield Collective("all_reduce", family, "balance biases", "update", 8 * sum(role.moe_experts), 1)
 
@@ -47,6 +49,7 @@ def zero_2_collectives(config: Config, grid: Grid, role: Role, num_micro_batches
     Within a layer the order is not exactly known: where a pass fills more than one bucket, the bytes of all calls
     together are exact, those of each call are not.
     """
+    role = trained_part(role, config.finetune)
     bucket = reduce_bucket_elements(role.num_elements)
     for each in _pass_reductions(role, config.optimizer, grid, bucket):
         yield replace(each, count=each.count * num_micro_batches)

@@ -1,13 +1,14 @@
 """Which pipeline ranks hold the same kinds of things, and what they hold, tensor by tensor. No torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 
-from megamoe.config.schema import Config, ModelConfig, MoEConfig
+from megamoe.config.schema import Config, FinetuneConfig, ModelConfig, MoEConfig
 from megamoe.topology.grid import Grid
 from megamoe.topology.parameters import Parameter, experts_by_layer, is_output_tied, local_shape, param_table
 from megamoe.topology.stages import chunk_parameters, stage_layers
+from megamoe.topology.updates import is_frozen
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,15 @@ def roles(config: Config, world_size: int) -> tuple[Role, ...]:
         kinds = tuple(chunk.kinds for chunk in chunks_of(config, pipeline_rank))
         by_kind.setdefault(kinds, []).append(pipeline_rank)
     return tuple(_role(config, world_size, tuple(ranks)) for ranks in by_kind.values())
+
+
+@lru_cache(maxsize=1024)
+def trained_part(role: Role, finetune: FinetuneConfig) -> Role:
+    """The role with the parameters that are trained alone: gradients and optimizer state are theirs."""
+    if not finetune.freeze:
+        return role
+    trained = tuple(held for held in role.parameters if not is_frozen(held.parameter, finetune))
+    return replace(role, parameters=trained)
 
 
 def role_of(config: Config, world_size: int, pipeline_rank: int) -> Role:
