@@ -66,26 +66,38 @@ def resolve_finetune(start: Path, settings: Sequence[str], environment: "RankEnv
     settings: as on the command line. Raises MegamoeError for what the user must mend.
     """
     from megamoe.config.loading import Layer, layers_of, resolve
+    from megamoe.config.validation import validate_for_training
+    from megamoe.topology.updates import check_all_train
+    from megamoe.training.checkpoint_state import check_same_model
 
     sources = [each for each in settings if "=" not in each]
     if len(sources) > 1:
         raise ConfigError(f'"{sources[1]}" is no setting: give one CONFIG, and write section.key=value')
     given = layers_of(sources[0] if sources else None, [each for each in settings if "=" in each])
     layers = [Layer(_DEFAULTS, "the defaults of finetune"), *given]
-    checkpoint = _base(start, resolve(layers), environment)
-    layers = [layers[0], Layer(_inherited(checkpoint), str(checkpoint)), *given]
+    has_tokenizer = any("tokenizer" in (layer.tree.get("data") or {}) for layer in given)
+    checkpoint = _base(start, resolve(layers), environment, leave_tokenizer=has_tokenizer)
+    saved = _saved_config(checkpoint)
+    layers = [layers[0], Layer(_inherited(saved), str(checkpoint)), *given]
     layers.append(Layer({"checkpoint": {"load_from": str(checkpoint)}}, "--from"))
-    return resolve([*layers, *_found_out(resolve(layers), given)])
+    config = resolve([*layers, *_found_out(resolve(layers), given)])
+    # What the ranks would find, too, but after the seconds that they need to start.
+    validate_for_training(config)
+    check_all_train(config)
+    check_same_model(saved, config, checkpoint, with_optimizer=False)
+    if environment.rank == 0:
+        _check_examples(config)
+    return config
 
 
-def _base(start: Path, config: "Config", environment: "RankEnvironment") -> Path:
+def _base(start: Path, config: "Config", environment: "RankEnvironment", *, leave_tokenizer: bool) -> Path:
     """The checkpoint to begin from. Raises CheckpointError where `start` is none and holds none."""
     from megamoe.checkpoint.folders import complete_checkpoints
     from megamoe.runs.run_folder import checkpoint_at
 
     run_dir = Path(config.run.dir)
     if (start / "config.json").is_file() and not complete_checkpoints(start / "checkpoints"):
-        return checkpoint_at(_imported(start, run_dir / IMPORTED, config, environment))
+        return checkpoint_at(_imported(start, run_dir / IMPORTED, config, environment, leave_tokenizer))
     if not start.exists():
         raise CheckpointError(f"--from {start} does not exist: name a checkpoint, a run or a Hugging Face folder")
     try:
@@ -99,7 +111,9 @@ def _base(start: Path, config: "Config", environment: "RankEnvironment") -> Path
     return found
 
 
-def _imported(folder: Path, out: Path, config: "Config", environment: "RankEnvironment") -> Path:
+def _imported(
+    folder: Path, out: Path, config: "Config", environment: "RankEnvironment", leave_tokenizer: bool
+) -> Path:
     """`out`, a run's folder made of a Hugging Face one by the first rank; the others wait until it is complete."""
     if out.exists():
         return out
@@ -107,6 +121,7 @@ def _imported(folder: Path, out: Path, config: "Config", environment: "RankEnvir
         print(f"importing {folder} as {out}", flush=True)
         # A process of its own: it needs torch, which must not be here before GPUs are shared out among the ranks.
         command = [sys.executable, "-m", "megamoe", "convert", "from-hf", str(folder), str(out)]
+        command += ["--no-tokenizer"] if leave_tokenizer else []
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
@@ -125,8 +140,15 @@ def _imported(folder: Path, out: Path, config: "Config", environment: "RankEnvir
     return out
 
 
-def _inherited(checkpoint: Path) -> dict[str, Any]:
-    """Settings that come with the weights: the model, its tokenizer, its precision, and a classifier's labels."""
+def _check_examples(config: "Config") -> None:
+    """Raises DataError for the first line that is no example of the task."""
+    from megamoe.data.example_files import read_records
+
+    for _ in read_records((*config.finetune.train_files, *config.finetune.valid_files), config):
+        pass
+
+
+def _saved_config(checkpoint: Path) -> dict[str, Any]:
     from megamoe.checkpoint.files import read_small
     from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 
@@ -134,6 +156,11 @@ def _inherited(checkpoint: Path) -> dict[str, Any]:
     saved = Manifest.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path)).config
     if not saved:
         raise CheckpointError(f"{checkpoint} says nothing of its model: give a run's own checkpoint")
+    return saved
+
+
+def _inherited(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that come with the weights: the model, its tokenizer, its precision, and a classifier's labels."""
     tree = {
         "model": saved["model"], "moe": saved["moe"], "data": {"tokenizer": saved["data"]["tokenizer"]},
         "run": {"precision": saved["run"]["precision"]},

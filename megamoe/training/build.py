@@ -18,9 +18,10 @@ from megamoe.moe.losses import LossScale
 from megamoe.moe.statistics import LoadStatistics
 from megamoe.phases import phase
 from megamoe.topology.parameters import param_table
+from megamoe.topology.updates import check_all_train
 from megamoe.training.best import BestValidation
 from megamoe.training.engine import ScheduleEngine, create_engine
-from megamoe.training.freezing import check_all_train, freeze
+from megamoe.training.freezing import freeze
 from megamoe.training.groups import create_groups, destroy_groups
 from megamoe.training.lr_schedule import learning_rate
 from megamoe.training.optimizer import build_optimizer

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from megamoe.errors import MegamoeError
-from megamoe.training.freezing import check_all_train
+from megamoe.topology.updates import check_all_train
 from tests.harness import run_ranks
 from tests.parallel.plan_cases import random_configs
 from tests.parallel.plan_ranks import audit_configs

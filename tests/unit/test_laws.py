@@ -61,7 +61,8 @@ MAY_IMPORT = {
             "plan_commands", "report_commands", "submit_commands", "surgery_commands", "finetune_commands",
             "train_start"},
     "train_start": {"errors", "arguments", "host_memory", "config", "launch", "training", "runs", "attempt_commands"},
-    "finetune_commands": {"errors", "config", "data", "launch", "checkpoint", "runs", "train_start"},
+    "finetune_commands": {"errors", "config", "topology", "data", "launch", "checkpoint", "runs", "training",
+                          "train_start"},
     "__main__": {"cli"},
     "__init__": set(),
 }
