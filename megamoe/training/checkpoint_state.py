@@ -37,10 +37,10 @@ def check_same_model(saved: Mapping[str, Any], config: Config, folder: Path, *, 
     wanted = tuple(key for key in _MODEL if not (gets_head and key == "model.num_labels"))
     changed = list(_differences(saved, config, wanted))
     if changed:
-        raise CheckpointError(
-            f"{folder} holds another model ({'; '.join(changed)}): resume with that model, choose another run.dir, "
-            "or set checkpoint.resume false"
-        )
+        instead = "resume with that model, choose another run.dir, or set checkpoint.resume false"
+        if not with_optimizer:
+            instead = "begin from weights of this model, or leave these settings as they are there"
+        raise CheckpointError(f"{folder} holds another model ({'; '.join(changed)}): {instead}")
     changed = list(_differences(saved, config, _OPTIMIZER)) if with_optimizer else []
     if changed:
         raise CheckpointError(

@@ -125,12 +125,14 @@ def test_best_by_accuracy_is_the_first_of_the_highest(learned):
 
 
 def test_a_killed_run_is_the_unbroken_one_to_the_bit(root, files, bases):
-    """Two expert ranks, dropout and jitter; killed in the second epoch after a validation was the best."""
+    """Two expert ranks, dropout, jitter, 16 bits with norms and experts frozen, which have no masters; killed between a
+    validation and a save."""
     start = Path(bases["moe"].run.dir)
     settings = (
         *task(files, "texts"), *CLASSIFY, *DROPOUT, "parallel.expert_parallel_size=2", "run.num_steps=16",
         "finetune.num_epochs=null", "checkpoint.save_interval_steps=4", "run.eval_interval_steps=2",
-        "checkpoint.keep_last=2", "finetune.freeze=[norms]",
+        "checkpoint.keep_last=2", "finetune.freeze=[norms,experts]",
+        "run.precision=bf16",
     )  # fmt: skip
     unbroken, cut = (finetuned(start, root / name, *settings) for name in ("unbroken", "cut"))
     train(2, unbroken)
@@ -147,7 +149,7 @@ def test_a_killed_run_is_the_unbroken_one_to_the_bit(root, files, bases):
         assert changed_tensors(root / "cut" / name, root / "unbroken" / name, kind="") == set()
     # Other frozen parts, or another task, are another training.
     other = finetuned(start, root / "cut", *settings, "finetune.freeze=[routers]")
-    with pytest.raises(CheckpointError, match=r"another training \(finetune.freeze \['norms'\] there, \['routers'\]"):
+    with pytest.raises(CheckpointError, match=r"another training \(finetune.freeze \['norms', 'experts'\] there, \['routers'\]"):
         _completed_steps(other)
 
 
@@ -157,9 +159,15 @@ def test_a_classifier_goes_on_as_a_classifier_and_another_head_is_refused(root, 
     assert again.finetune.labels == ("early", "late") and again.model.num_labels == 2
     train(1, again)
     assert validations(again)[-1]["valid_accuracy"] == 1.0  # the head came along
-    three = finetuned(
-        start, root / "three", *task(files, "texts"), "model.num_labels=3", "finetune.labels=[early,late,never]"
-    )
+    three = ("model.num_labels=3", "finetune.labels=[early,late,never]")
+    with pytest.raises(CheckpointError, match=r"holds another model \(model.num_labels 2 there, 3 here\)"):
+        finetuned(start, root / "three", *task(files, "texts"), *three)
+    # Ranks that are given such a configuration find it, too.
+    changed = again.model_copy(update={
+        "model": again.model.model_copy(update={"num_labels": 3}),
+        "finetune": again.finetune.model_copy(update={"labels": ("early", "late", "never")}),
+        "run": again.run.model_copy(update={"dir": str(root / "three")}),
+    })  # fmt: skip
     with pytest.raises(RanksFailed) as caught:
-        train(1, three)
+        train(1, changed)
     assert "holds another model (model.num_labels 2 there, 3 here)" in caught.value.failure.message
