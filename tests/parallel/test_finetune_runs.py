@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megamoe.checkpoint.reader import Checkpoint
+from megamoe.cli import main
 from megamoe.config.loading import load_config
 from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError
@@ -147,9 +148,21 @@ def test_a_killed_run_is_the_unbroken_one_to_the_bit(root, files, bases):
     names = [Path("checkpoints") / name for name in checkpoints(cut)]
     for name in names:
         assert changed_tensors(root / "cut" / name, root / "unbroken" / name, kind="") == set()
+    # Another layout reads it, rewritten or as it is.
+    for name, layout in (("as it is", ()), ("resharded", ("parallel.expert_parallel_size=1", "parallel.zero_stage=2"))):
+        source = root / "cut" / names[-1]
+        if layout:
+            assert main(["checkpoint", "reshard", str(source), str(root / "resharded"), "--ranks", "2", *layout]) == 0
+            source = root / "resharded"
+        assert changed_tensors(source, root / "unbroken" / names[-1]) == set(), name
+    longer = finetuned(start, root / "cut", *settings, *layout, "run.num_steps=18")
+    train(1, longer)
+    assert validations(longer)[-1]["step"] == 18
+    moved = changed_tensors(root / "unbroken" / names[-1], root / "cut" / "checkpoints" / "step_00000018")
+    assert "score.weight" in moved and not any("norm." in name or ".experts." in name for name in moved)
     # Other frozen parts, or another task, are another training.
     other = finetuned(start, root / "cut", *settings, "finetune.freeze=[routers]")
-    with pytest.raises(CheckpointError, match=r"another training \(finetune.freeze \['norms', 'experts'\] there, \['routers'\]"):
+    with pytest.raises(CheckpointError, match=r"another training \(finetune.freeze \['norms', 'experts'\] there, \['r"):
         _completed_steps(other)
 
 
