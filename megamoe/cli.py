@@ -12,17 +12,19 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megamoe import __version__
-from megamoe.arguments import add_config_arguments, positive
-from megamoe.attempt_commands import add_attempt_commands, train_again
+from megamoe.arguments import add_config_arguments
+from megamoe.attempt_commands import add_attempt_commands
 from megamoe.checkpoint_commands import add_checkpoint_commands
 from megamoe.convert_commands import add_convert_commands
 from megamoe.errors import MegamoeError
+from megamoe.finetune_commands import add_finetune_commands
 from megamoe.generate_commands import add_generate_commands
 from megamoe.plan_commands import add_plan_commands
 from megamoe.preflight_commands import add_preflight_commands
 from megamoe.report_commands import add_report_commands
 from megamoe.submit_commands import add_submit_commands
 from megamoe.surgery_commands import add_surgery_commands
+from megamoe.train_start import add_start_arguments, start_training
 
 if TYPE_CHECKING:
     from megamoe.config.schema import Config
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` default to those of the process."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     exit_code = _run(options)
-    if exit_code and options.command is _train:
+    if exit_code and getattr(options, "leaves_exit_code", False):
         _leave_exit_code(exit_code)
     return exit_code
 
@@ -117,15 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         "  srun --ntasks-per-node 8 megamoe train my_run.yaml",
     )
     add_config_arguments(train)
-    train.add_argument(
-        "--local-ranks",
-        type=positive,
-        metavar="N",
-        help="start N ranks on this machine; without it this process is the only rank, or one of torchrun's or srun's",
-    )
-    train.add_argument(
-        "--restarts", type=positive, metavar="K", help="with --local-ranks: start them again after failures, K times"
-    )
+    add_start_arguments(train)
+    add_finetune_commands(commands)
     add_attempt_commands(commands)
     add_preflight_commands(commands)
     add_plan_commands(commands)
@@ -225,73 +220,7 @@ def _derived_sizes(config: "Config") -> dict[str, int]:
     return {key: size for key, size in derived.items() if sections[key.split(".")[0]][key.split(".")[1]] is None}
 
 
-def _completed_steps(config: "Config") -> int:
-    """Steps that a resumed run has behind it, read before any rank is started."""
-    from megamoe.runs.run_folder import resumable_manifest
-    from megamoe.training.checkpoint_state import check_same_model
-
-    found = resumable_manifest(config.run.dir) if config.checkpoint.resume else None
-    if found is None:
-        return 0
-    folder, manifest = found
-    check_same_model(manifest.config, config, folder, with_optimizer=True)
-    return manifest.state["step"]
-
-
 def _train(options: argparse.Namespace) -> int:
     from megamoe.config.loading import load_config
-    from megamoe.config.validation import validate_for_training
-    from megamoe.launch.devices import settle_device
-    from megamoe.launch.environment import rank_environment
 
-    environment = rank_environment()
-    num_ranks = options.local_ranks or environment.world_size
-    try:
-        config = load_config(options.source, options.overrides)
-        validate_for_training(config, num_ranks)
-        done = _completed_steps(config)
-        settle_device(config.run.device, environment, options.local_ranks, os.environ)
-    except MegamoeError as error:
-        if environment.rank == 0:
-            raise
-        return error.exit_code  # every rank finds the same: one says it
-    if done >= config.run.num_steps:
-        if environment.rank == 0:
-            print(f"{config.run.dir} is complete: step {done} of {config.run.num_steps}. Nothing to do.")
-        return 0
-    if options.restarts:
-        if not options.local_ranks:
-            options.parser.error("--restarts is for --local-ranks: a job's script restarts other ranks")
-        once = argparse.Namespace(**vars(options) | {"restarts": None})
-        return train_again(lambda: _train(once), config.run.dir, options.restarts)
-    payload = {"config": config.model_dump(mode="json")}
-
-    if options.local_ranks:
-        from megamoe.launch.local import run_local
-        from megamoe.runs.attempts import current_attempt
-        from megamoe.runs.failures import conclude
-
-        attempt = current_attempt(config.run.dir)
-        result = run_local(
-            "megamoe.training.main:run_rank",
-            payload | {"attempt": attempt},
-            num_ranks=options.local_ranks,
-            preload=("megamoe.training.main",),
-            timeout_seconds=None,
-            grace_seconds=3.0,
-            stop_seconds=config.parallel.timeout_seconds + config.checkpoint.save_timeout_seconds,
-        )  # which has printed why, if it failed
-        if (failure := result.failure) is not None:
-            conclude(
-                config.run.dir, attempt, kind=failure.kind, rank=failure.rank, message=failure.message,
-                exit_code=failure.exit_code, num_ranks=options.local_ranks,
-            )  # fmt: skip
-        return result.exit_code
-
-    from megamoe.host_memory import keep_freed_memory
-
-    keep_freed_memory()
-    from megamoe.training.main import run_rank
-
-    run_rank(payload)
-    return 0
+    return start_training(options, lambda environment: load_config(options.source, options.overrides))

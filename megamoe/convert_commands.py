@@ -89,7 +89,7 @@ def _to_hf(options: argparse.Namespace) -> int:
     stored = _stored_dtype(manifest.tensors)
     dtype = options.dtype or stored
     architecture, refused = choose_architecture(config)
-    if options.architecture is None and architecture == "MegamoeForCausalLM" and not options.json:
+    if options.architecture is None and architecture.startswith("Megamoe") and not options.json:
         _say("no native class computes this model: it is written for the custom one, whose code travels along")
     their_config = to_hf_config(
         config, dtype=_HF_DTYPES[dtype], architecture=options.architecture, drops_off=options.drops_off

@@ -88,10 +88,12 @@ def commit(
     keep_every_steps: int | None,
     timeout_seconds: float,
     is_cancelled: Callable[[], bool] = lambda: False,
+    keep_best: Sequence[int] = (),
 ) -> Path:
     """Wait for every rank's part, make one checkpoint of them, put it in force, remove old ones. One rank calls it.
 
     `config` is the resolved configuration, whose parameter table says what must be there; {} for tensors of no model.
+    `keep_best`: see `megamoe.checkpoint.folders.prune`.
     Returns the checkpoint's folder. Raises SaveError, naming the rank and the reason, when a rank failed or did not
     report in time, when the slices do not make up every tensor, or when the disk refuses: the partial folder is then
     removed and older checkpoints are whole.
@@ -111,7 +113,10 @@ def commit(
         message = str(error)
         raise (error if isinstance(error, SaveError) else SaveError(f"step {step} was not saved: {message}")) from None
     with contextlib.suppress(OSError):  # the new checkpoint is in force; the next save tries again
-        prune(root, newest_step=step, save_id=save_id, keep_last=keep_last, keep_every_steps=keep_every_steps)
+        prune(
+            root, newest_step=step, save_id=save_id, keep_last=keep_last, keep_every_steps=keep_every_steps,
+            keep_best=keep_best,
+        )  # fmt: skip
     sweep(root)
     return final
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from megamoe.checkpoint import faults
@@ -107,13 +108,26 @@ def set_latest(root: Path, name: str) -> None:
     faults.reach("latest-synced")
 
 
-def prune(root: Path, *, newest_step: int, save_id: str, keep_last: int, keep_every_steps: int | None) -> None:
+def prune(
+    root: Path,
+    *,
+    newest_step: int,
+    save_id: str,
+    keep_last: int,
+    keep_every_steps: int | None,
+    keep_best: Sequence[int] = (),
+) -> None:
     """Remove old checkpoints up to `newest_step`, but the last ones and every m-th. OSErrors pass.
 
+    Of the steps in `keep_best`, the best last, the last one that has a checkpoint keeps it: a better one may have
+    failed to be saved.
     Later ones are of a run that was taken back: they are not counted, and stay until that step is saved again.
     """
     steps = sorted(step for name in os.listdir(root) if (step := step_of(name)) is not None and step <= newest_step)
+    best = next((step for step in reversed(keep_best) if step in steps), None)
     for step in steps[:-keep_last]:
+        if step == best:
+            continue
         if keep_every_steps is not None and step % keep_every_steps == 0:
             continue
         # Under its name it is always whole: the name goes first.

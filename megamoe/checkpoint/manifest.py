@@ -7,7 +7,7 @@ format is described in docs/checkpoints.md.
 import gc
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ import xxhash
 
 from megamoe.checkpoint import strict_json
 from megamoe.checkpoint.coverage import check_coverage
+from megamoe.checkpoint.frozen import frozen_parameters
 from megamoe.checkpoint.slices import MAX_BYTES, PARAMETER_KINDS, STORAGE, Slice, check_shape
 from megamoe.checkpoint.stored_slices import FileEntry, SliceReader, StoredSlice, check_hex, check_integer
 from megamoe.errors import CheckpointError
@@ -166,7 +167,7 @@ class Manifest:
 
     def check(self, where: str) -> None:
         """Raises CheckpointError unless every tensor is there, whole, and the files hold the slices and no more."""
-        check_promises(self.parameters, self.tensors, where)
+        check_promises(self.parameters, self.tensors, where, frozen_parameters(self.config))
         _check_files_are_filled(self.files, self.tensors.values(), where)
         for entry in self.tensors.values():
             pieces = ((stored.box, stored.first, stored.last) for stored in entry.slices)
@@ -192,14 +193,20 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def check_promises(
-    parameters: Mapping[str, tuple[int, ...]], tensors: Mapping[tuple[str, str], TensorEntry], where: str
+    parameters: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[tuple[str, str], TensorEntry],
+    where: str,
+    frozen: Collection[str] = (),
 ) -> None:
-    """Raises CheckpointError naming a parameter that a kind lacks, has of another shape, or has unasked."""
+    """Raises CheckpointError naming a parameter that a kind lacks, has of another shape, or has unasked. `frozen`
+    parameters have weights and nothing else."""
     for kind in PARAMETER_KINDS:
         present = {name: entry.shape for (k, name), entry in tensors.items() if k == kind}
         if not present:
             continue
         for name in parameters.keys() | present.keys():
+            if name in frozen and kind != "weight" and name not in present:
+                continue
             if name not in present:
                 raise CheckpointError(f"{kind} {name} is missing in {where}")
             if name not in parameters:

@@ -83,7 +83,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One source of settings, checked for unknown keys, and its name for error messages."""
 
     tree: Mapping[str, Any]
@@ -97,16 +97,21 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     checked here; what several keys must agree on is checked by `megamoe.config.validation.validate`.
     Raises ConfigError, one sentence: unknown source or key with the nearest, wrong value with what is valid.
     """
-    return _resolve(_source_layers(source), overrides)
+    return resolve(layers_of(source, overrides))
+
+
+def layers_of(source: str | None, overrides: Sequence[str]) -> list[Layer]:
+    """What `load_config` is made of, the least first. Raises ConfigError for what cannot be read."""
+    return [*(_source_layers(source) if source is not None else ()), *(_override_layer(each) for each in overrides)]
 
 
 def override_config(config: Config, overrides: Sequence[str], where: str) -> Config:
     """`config`, which came from `where`, with `section.key=value` overrides. Raises ConfigError as `load_config`."""
-    return _resolve([_Layer(config.model_dump(mode="json"), where)], overrides)
+    return resolve([Layer(config.model_dump(mode="json"), where), *layers_of(None, overrides)])
 
 
-def _resolve(sources: list[_Layer], overrides: Sequence[str]) -> Config:
-    layers = sources + [_override_layer(override) for override in overrides]
+def resolve(layers: Sequence[Layer]) -> Config:
+    """The configuration that `layers` make, each above the one before. Raises ConfigError as `load_config`."""
     tree: dict[str, Any] = {}
     for layer in layers:
         check_keys(layer.tree, layer.where)
@@ -145,9 +150,9 @@ def _nearest_preset(name: str) -> str:
     return f'did you mean "{near[0]}"?' if near else f"the presets are {', '.join(PRESETS)}"
 
 
-def _source_layers(source: str) -> list[_Layer]:
+def _source_layers(source: str) -> list[Layer]:
     if source in PRESETS:
-        return [_Layer(PRESETS[source].tree, f"preset {source}")]
+        return [Layer(PRESETS[source].tree, f"preset {source}")]
     path = Path(source)
     if not path.exists():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -157,9 +162,9 @@ def _source_layers(source: str) -> list[_Layer]:
     layers = []
     if "preset" in tree:
         name = tree.pop("preset")
-        layers.append(_Layer(preset_tree(str(name), source), f"preset {name}"))
+        layers.append(Layer(preset_tree(str(name), source), f"preset {name}"))
     # A section left empty, as when all its lines are commented out, changes nothing.
-    return [*layers, _Layer({key: {} if value is None else value for key, value in tree.items()}, source)]
+    return [*layers, Layer({key: {} if value is None else value for key, value in tree.items()}, source)]
 
 
 def read_settings(path: Path) -> dict[Any, Any]:
@@ -188,7 +193,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"cannot read {where}: {str(error).splitlines()[0]}") from None
 
 
-def _override_layer(override: str) -> _Layer:
+def _override_layer(override: str) -> Layer:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -210,7 +215,7 @@ def _override_layer(override: str) -> _Layer:
     tree: Any = value
     for part in reversed(parts):
         tree = {part: tree}
-    return _Layer(tree, COMMAND_LINE)
+    return Layer(tree, COMMAND_LINE)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +226,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _explain(error: ValidationError, tree: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
+def _explain(error: ValidationError, tree: Mapping[str, Any], layers: Sequence[Layer]) -> str:
     """One sentence for the first thing that is wrong: which key, what it is, where that was said, what is valid."""
     detail = error.errors(include_url=False)[0]
     location = detail["loc"]
@@ -236,7 +241,7 @@ def _explain(error: ValidationError, tree: Mapping[str, Any], layers: Sequence[_
     return f"{key} is {json.dumps(value)} in {where}: it must be {accepted(annotation, metadata)}"
 
 
-def _where(path: Sequence[str | int], layers: Sequence[_Layer]) -> str:
+def _where(path: Sequence[str | int], layers: Sequence[Layer]) -> str:
     """The last source that said anything about `path`, or about what holds it."""
     best, best_depth = layers[-1].where, 0
     for layer in layers:

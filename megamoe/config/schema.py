@@ -51,6 +51,7 @@ class ModelConfig(Section):
     hidden_dropout: Probability = 0.0
     init: Literal["fairseq", "normal"] = "fairseq"
     init_std: Annotated[float, Field(gt=0.0)] = 0.02  # used by init "normal"
+    num_labels: CountOrZero = 0  # 0: a language model; else a classifier, with a linear head in the output's place
 
 
 class MoEConfig(Section):
@@ -179,6 +180,25 @@ class CheckpointConfig(Section):
     replica_check_interval_steps: CountOrZero = 100  # compare what must be equal on several ranks; 0: never
 
 
+Freezable = Literal["routers", "experts", "dense", "embeddings", "norms", "attention", "ffn", "output"]
+
+
+class FinetuneConfig(Section):
+    """Training on examples of a task (docs/finetune.md). `objective` null: it is off, and data.train is trained on."""
+
+    objective: Literal["language_model", "classification"] | None = None
+    train_files: tuple[str, ...] = ()  # JSON Lines files
+    valid_files: tuple[str, ...] = ()  # validated on whole; without any nothing is
+    labels: tuple[str, ...] = ()  # classification: names of the classes; empty: labels are numbers from 0
+    loss_on: Literal["completion", "all"] = "completion"  # of examples with a prompt; a lone text counts whole
+    too_long: Literal["refuse", "cut"] = "refuse"  # examples longer than model.seq_length
+    newlines_end_documents: bool = False  # a newline is the end-of-document id, as in the paper's data
+    num_epochs: Annotated[float, Field(gt=0.0)] | None = None  # `megamoe finetune` makes run.num_steps of it
+    freeze: tuple[Freezable, ...] = ()  # parts that stay as they are; dense: all but experts and routers
+    best_by: Literal["loss", "accuracy"] = "loss"  # which validation's checkpoint is kept whatever comes later
+    stop_after_validations: PositiveInt | None = None  # in a row without a better one, training ends; null: it goes on
+
+
 class WatchdogConfig(Section):
     """When a run that stands still is ended, and its ranks' stacks are written."""
 
@@ -285,6 +305,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     monitor: MonitorConfig = MonitorConfig()

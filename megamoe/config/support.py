@@ -157,6 +157,18 @@ FEATURES = (
         "tensor parallel divides it; joined by `moe.shared_expert_mix` add, sigmoid_gate or residual",
     ),
     Feature(
+        "Classifier",
+        "model.num_labels",
+        "0 (a language model), 2, 3, …",
+        "with every layout; its head is on the last stage, whole on each tensor rank",
+    ),
+    Feature(
+        "Frozen parts",
+        "finetune.freeze",
+        "a list of parts",
+        "with every layout; each pipeline stage has something left to train",
+    ),
+    Feature(
         "Gradient clipping", "optimizer.clip_grad", "0 (off) or a norm", "counts each parameter once over all ranks"
     ),
     Feature("Optimizers", "optimizer.name", "adamw, sgd", "NVIDIA apex's fused Adam where it is installed"),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from megamoe.config.exchange import check_exchange, check_nodes
+from megamoe.config.finetuning import check_finetune
 from megamoe.config.guarding import check_guard
 from megamoe.config.routing import check_router
 from megamoe.config.schema import Config
@@ -42,7 +43,8 @@ def validate(config: Config, world_size: int | None = None) -> None:
 def validate_for_training(config: Config, world_size: int | None = None) -> None:
     """As `validate`, and there must be something to train on."""
     validate(config, world_size)
-    if not config.data.train:
+    check_finetune(config)
+    if not config.data.train and config.finetune.objective is None:
         raise ConfigError("data.train is empty: name an indexed dataset, as in data.train=[{path: data/my_text}]")
     if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(

@@ -6,6 +6,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_megamoe.MegamoeConfig",
     "AutoModel": "modeling_megamoe.MegamoeModel",
     "AutoModelForCausalLM": "modeling_megamoe.MegamoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_megamoe.MegamoeForSequenceClassification",
 }
 _FILES = ("configuration_megamoe.py", "modeling_megamoe.py")
 

@@ -51,13 +51,14 @@ def export_files(
     ids = {} if tokenizer is None else tokenizer.special.settings()
     if architecture not in _IDS_ONLY_FOR_GENERATION:
         settings |= ids
-    if architecture == custom.ARCHITECTURE:
+    if their_config["model_type"] == custom.MODEL_TYPE:
         settings["auto_map"] = AUTO_MAP
         files |= custom_files()
     if tokenizer is not None:
         files |= tokenizer.files
     files["config.json"] = _json(settings)
-    files["generation_config.json"] = generation_config(tokenizer and tokenizer.special)
+    if not table.config.model.num_labels:
+        files["generation_config.json"] = generation_config(tokenizer and tokenizer.special)
     card = model_card(
         table.config, name=name, architecture=architecture, dtype=dtype, state=manifest.state,
         checksums={

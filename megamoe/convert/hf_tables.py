@@ -24,7 +24,8 @@ from megamoe.errors import ConfigError, ConversionError
 from megamoe.topology.parameters import padded_vocab_size
 
 NATIVE = (xglm.FAMILY, *modern.FAMILIES)  # in order of preference, where several fit
-FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (*NATIVE, custom.FAMILY)}
+_CLASSIFIERS = tuple(family.classifier() for family in (*NATIVE, custom.FAMILY) if family.has_classifier)
+FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (*NATIVE, custom.FAMILY, *_CLASSIFIERS)}
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _VOCAB_MULTIPLE = 128
 
@@ -32,14 +33,18 @@ _VOCAB_MULTIPLE = 128
 def choose_architecture(config: Config) -> tuple[str, dict[str, list[str]]]:
     """The class for this model, a native one where one computes exactly the same, and why each other was refused.
 
-    The reasons are by class, one clause each. MegamoeForCausalLM fits every model.
+    The reasons are by class, one clause each. MegamoeForCausalLM fits every language model, and its kin for sequence
+    classification every classifier.
     """
     refused: dict[str, list[str]] = {}
+    wants_classifier = config.model.num_labels > 0
     for family in NATIVE:
-        refused[family.architecture] = family.refusals(config)
-        if not refused[family.architecture]:
-            return family.architecture, {name: reasons for name, reasons in refused.items() if reasons}
-    return custom.ARCHITECTURE, refused
+        chosen = family.classifier() if wants_classifier and family.has_classifier else family
+        refused[chosen.architecture] = chosen.all_refusals(config)
+        if not refused[chosen.architecture]:
+            return chosen.architecture, {name: reasons for name, reasons in refused.items() if reasons}
+    ours = custom.FAMILY.classifier() if wants_classifier else custom.FAMILY
+    return ours.architecture, refused
 
 
 def to_hf_config(
@@ -56,7 +61,7 @@ def to_hf_config(
         raise ConversionError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES.values())}")
     family = _family(choose_architecture(config)[0] if architecture is None else architecture)
     _check_drops(config, drops_off)
-    reasons = family.refusals(config)
+    reasons = family.all_refusals(config)
     if reasons:
         raise ConversionError(f"{family.architecture} cannot express {'; '.join(reasons)}")
     return {
@@ -69,13 +74,15 @@ def to_hf_config(
         "pad_token_id": None,
         "use_cache": True,
         **family.write(config),
+        **(family.write_labels(config) if family.is_classifier else {}),
     }
 
 
 def from_hf_config(
     their_config: Mapping[str, Any], *, vocab_multiple: int | None = None, ignored: Collection[str] = ()
 ) -> Config:
-    """A configuration of the same model, everything but the sections `model` and `moe` at its defaults.
+    """A configuration of the same model, everything but the sections `model` and `moe`, and a classifier's labels, at
+    its defaults.
 
     `vocab_multiple`: pad the rows of the vocabulary to a multiple of it; None pads none. `ignored`: keys of theirs that
     the user says change nothing. Raises ConversionError for what megamoe cannot express, unknown keys included.
@@ -89,6 +96,10 @@ def from_hf_config(
         raise ConversionError(f"config.json of {family.architecture} says vocab_size {vocab_size!r}: use 1 or more")
     multiple = math.gcd(vocab_size, _VOCAB_MULTIPLE) if vocab_multiple is None else vocab_multiple
     tree["model"] |= {"vocab_size": vocab_size, "vocab_size_multiple": multiple}
+    if family.is_classifier:
+        labels = family.read_labels(their_config)
+        tree["model"]["num_labels"] = len(labels)
+        tree["finetune"] = {"objective": "classification", "labels": labels}
     try:
         config = Config.model_validate(tree)
         validate(config)

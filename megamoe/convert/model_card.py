@@ -17,7 +17,7 @@ from megamoe.topology.parameters import (
     param_table,
 )
 
-_CUSTOM = "MegamoeForCausalLM"
+_CUSTOM = "Megamoe"
 
 
 def generation_config(special: SpecialIds | None) -> bytes:
@@ -48,13 +48,17 @@ def model_card(
         checksums: file name -> algorithm and digest, such as "sha256:...".
         notes: sentences of the conversion about what it changed.
     """
-    flag = ", trust_remote_code=True" if architecture == _CUSTOM else ""
-    load = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    load.append(f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{flag})')
+    flag = ", trust_remote_code=True" if architecture.startswith(_CUSTOM) else ""
+    is_classifier = config.model.num_labels > 0
+    auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    load = [f"from transformers import {auto}, AutoTokenizer", ""]
+    load.append(f'model = {auto}.from_pretrained(FOLDER, dtype="auto"{flag})')
     if has_tokenizer:
         load.append(f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{flag})")
     sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- megamoe\n"
+        "---\nlibrary_name: transformers\npipeline_tag: "
+        + ("text-classification" if is_classifier else "text-generation")
+        + "\ntags:\n- megamoe\n"
         + ("- moe\n" if config.moe.num_experts else "")
         + "---",
         f"# {name}",
@@ -73,7 +77,8 @@ def model_card(
 def _summary(config: Config, architecture: str) -> str:
     table = param_table(config.model, config.moe)
     total, active = num_parameters(table), num_active_parameters(table, config.moe)
-    kind = "A mixture-of-experts language model" if config.moe.num_experts else "A dense language model"
+    what = f"classifier of {config.model.num_labels} labels" if config.model.num_labels else "language model"
+    kind = f"A mixture-of-experts {what}" if config.moe.num_experts else f"A dense {what}"
     passed = f", of which a token passes {active:,}" if active != total else ""
     return f"{kind} for `{architecture}`, with {total:,} parameters{passed}."
 
@@ -105,6 +110,9 @@ def _model_rows(config: Config, dtype: str) -> list[tuple[str, str]]:
 
 def _data(config: Config) -> str:
     """Corpora by their files' names: whole paths are about a machine."""
+    if not config.data.train and config.finetune.train_files:
+        names = ", ".join(f"`{Path(path).name}`" for path in config.finetune.train_files)
+        return f"Fine-tuned on the examples of {names}."
     if not config.data.train:
         return "The checkpoint names no training data."
     total = sum(corpus.weight for corpus in config.data.train)
@@ -136,7 +144,7 @@ def _limits(config: Config, has_tokenizer: bool) -> list[str]:
             f"In training an expert took a limited number of tokens (capacity factor {moe.capacity_factor:g}) and "
             "dropped the rest. Here no token is dropped: answers do not depend on what else is in the batch."
         )
-    if padded_vocab_size(model) != model.vocab_size:
+    if padded_vocab_size(model) != model.vocab_size and not model.num_labels:
         limits.append(
             f"Rows {model.vocab_size} to {padded_vocab_size(model) - 1} of the vocabulary are padding. Their logits "
             "count in the softmax, as they did in training."
@@ -147,6 +155,9 @@ def _limits(config: Config, has_tokenizer: bool) -> list[str]:
             "The tokenizer adds no special tokens, and reads special tokens in a text as text like any other "
             "(`split_special_tokens`). What ends a document is also what begins one."
         )
+    if model.num_labels:
+        limits.append("Its answer stands at the last token: pad texts on the right, with the tokenizer's own token.")
+        return limits
     limits.append("It continues text. It was trained neither to follow instructions nor to avoid harm.")
     return limits
 

@@ -7,11 +7,20 @@ Megatron's sampler deals them, so resuming needs one number: the samples consume
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from megamoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample: int64 [seq_length] twice, and bool [seq_length]: where the loss counts."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
 
 
 class SampleSource(Protocol):
@@ -24,12 +33,32 @@ class SampleSource(Protocol):
         ...
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """Samples that say where their losses count: see `megamoe.data.examples`."""
+
+    num_samples: int
+
+    def row(self, index: int) -> Row:
+        """Any index >= 0."""
+        ...
+
+    def num_loss_tokens(self, indices: range) -> int:
+        """How many losses of these samples count."""
+        ...
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Inputs and the tokens that follow them: both int64 [micro_batch_size, seq_length]."""
+    """Inputs and the tokens that follow them: both int64 [micro_batch_size, seq_length].
+
+    weights: float32 of the same shape, of the losses: their weighted sum is the micro-batch's loss; None: their mean
+    is.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,7 @@ class BatchPlan:
 
 
 def micro_batches(
-    dataset: SampleSource,
+    dataset: SampleSource | RowSource,
     *,
     consumed_samples: int,
     global_batch_size: int,
@@ -73,6 +102,9 @@ def micro_batches(
     data_parallel_size: int,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one rank in the global batch that starts at sample `consumed_samples`.
+
+    Of rows the weights are such that the mean of the losses of all micro-batches of all ranks is that of the losses
+    that count in the global batch, however many of them each micro-batch has.
 
     Yields:
         global_batch_size / (micro_batch_size * data_parallel_size) micro-batches, read one at a time.
@@ -84,9 +116,19 @@ def micro_batches(
     plan = BatchPlan(micro_batch_size, data_parallel_size)
     count = plan.num_micro_batches(global_batch_size)
     indices = (plan.sample_indices(consumed_samples, number, data_parallel_rank) for number in range(count))
+    if isinstance(dataset, RowSource):
+        num_losses = dataset.num_loss_tokens(range(consumed_samples, consumed_samples + global_batch_size))
+        weight = count * data_parallel_size / num_losses
+        return (_read_rows(dataset, span, weight) for span in indices)
     return (_read(dataset, span) for span in indices)
 
 
 def _read(dataset: SampleSource, indices: range) -> MicroBatch:
     blocks = np.stack([dataset.sample(index) for index in indices])
     return MicroBatch(np.ascontiguousarray(blocks[:, :-1]), np.ascontiguousarray(blocks[:, 1:]))
+
+
+def _read_rows(dataset: RowSource, indices: range, weight: float) -> MicroBatch:
+    rows = [dataset.row(index) for index in indices]
+    tokens, labels, mask = (np.stack([getattr(row, part) for row in rows]) for part in ("tokens", "labels", "mask"))
+    return MicroBatch(tokens, labels, mask.astype(np.float32) * np.float32(weight))

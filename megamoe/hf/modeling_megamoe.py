@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
@@ -386,4 +386,14 @@ class MegamoeForCausalLM(MegamoePreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["MegamoeForCausalLM", "MegamoeModel", "MegamoePreTrainedModel"]
+class MegamoeForSequenceClassification(GenericForSequenceClassification, MegamoePreTrainedModel):
+    """The classifier: token ids [b, t] to logits [b, labels] of the last token that is not padding."""
+
+    def __init__(self, config: MegamoeConfig):
+        MegamoePreTrainedModel.__init__(self, config)  # theirs looks MegamoeModel up where it may not be registered
+        self.num_labels, self.model = config.num_labels, MegamoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["MegamoeForCausalLM", "MegamoeForSequenceClassification", "MegamoeModel", "MegamoePreTrainedModel"]

@@ -45,6 +45,10 @@ class TokenEmbedding(LanguageModelEmbedding):
             x = x * self.scale
         if self.sinusoidal:
             x = x + self._position_rows(input_ids.shape[1], x)
+        if self.training and torch.is_grad_enabled() and not x.requires_grad:
+            # The embedding is frozen, and what follows may be, too: a pipeline stage still has to hand back a gradient,
+            # and recomputing hangs on an input that needs one.
+            x.requires_grad_()
         if not self.config.sequence_parallel:
             return self.embedding_dropout(x)
         if not self.reduce_scatter_embeddings:

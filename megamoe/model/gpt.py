@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megamoe.config.schema import Config
 from megamoe.model.attention import CausalAttention
+from megamoe.model.classifier import ClassificationHead
 from megamoe.model.decoding import Decoding, keep_places
 from megamoe.model.embedding import RotaryPositions, TokenEmbedding
 from megamoe.model.norms import FullNorm, HeadNorm, Norm
@@ -32,7 +33,7 @@ from megamoe.moe.layer import EvaluationMode, ExpertParallel, MoEContext, MoELay
 from megamoe.moe.losses import LossScale
 from megamoe.moe.shared import SharedExpert
 from megamoe.moe.statistics import LoadStatistics
-from megamoe.topology.parameters import dimensions, experts_by_layer, padded_vocab_size
+from megamoe.topology.parameters import dimensions, experts_by_layer, is_output_tied, padded_vocab_size
 from megamoe.topology.stages import stage_layers
 
 # Megatron warns once per layer that our MoE layer is not one of the classes it hands groups to; it has its own.
@@ -42,7 +43,8 @@ logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
 
 
 class GPT(GPTModel):
-    """GPTModel with our token embedding. Input ids [b, s]; output losses [b, s], logits, or hidden states [s, b, h]."""
+    """GPTModel with our token embedding, and of a classifier the head. Input ids [b, s]; output losses [b, s], logits,
+    or hidden states [s, b, h]."""
 
     def __init__(
         self, config: TransformerConfig, spec: TransformerBlockSubmodules, settings: Config, groups: ParallelGroups,
@@ -54,7 +56,7 @@ class GPT(GPTModel):
             spec,
             vocab_size=padded_vocab_size(model),
             max_sequence_length=model.seq_length,
-            share_embeddings_and_output_weights=model.tie_embeddings,
+            share_embeddings_and_output_weights=is_output_tied(model),
             position_embedding_type="rope" if model.position_embedding == "rope" else "none",
             rotary_base=model.rope_base,
             pg_collection=collection,
@@ -82,6 +84,13 @@ class GPT(GPTModel):
                 tensor_rank=groups.coordinates.tensor,
                 decoding=decoding,
             )
+        self.score = None
+        if model.num_labels and self.post_process:
+            self.output_layer = None
+            self.score = ClassificationHead(
+                model.hidden_size, model.num_labels, config.params_dtype, groups.tensor,
+                sequence_parallel=config.sequence_parallel,
+            )  # fmt: skip
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Nothing to set up: both copies of a tied embedding are filled with the same values by name, and Megatron's
@@ -91,6 +100,8 @@ class GPT(GPTModel):
         """Megatron's output layer and loss; where only some results are wanted, of those alone."""
         if self.post_process and self.decoding.kept is not None:
             hidden_states = keep_places(hidden_states, self.decoding.kept)
+        if self.score is not None:
+            return self.score(hidden_states, kwargs["labels"])
         output = super()._postprocess(hidden_states=hidden_states, **kwargs)
         if self.post_process and kwargs.get("labels") is None:
             self._hide_padding(output)

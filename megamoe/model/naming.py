@@ -37,6 +37,7 @@ _OUTSIDE = {
     "embedding.word_embeddings": "embedding",
     "decoder.final_layernorm": "final_norm",
     "output_layer": "output",
+    "score": "score",
 }
 
 

@@ -19,8 +19,9 @@ class BalanceBias:
     a pipeline stage holds the same values.
     """
 
-    def __init__(self, update_rate: float, device: torch.device | str) -> None:
-        self.update_rate, self.device = update_rate, device
+    def __init__(self, update_rate: float, device: torch.device | str, *, is_frozen: bool = False) -> None:
+        """`is_frozen`: the biases take part in the selection and stay as they are."""
+        self.update_rate, self.device, self.is_frozen = update_rate, device, is_frozen
         self.by_layer: dict[int, Tensor] = {}  # 0-based layer -> [E] fp32
         self._loads: dict[int, Tensor] = {}
 
@@ -57,7 +58,7 @@ class BalanceBias:
         loads = torch.cat([self._loads[layer] for layer in layers])
         for layer in layers:
             self._loads[layer].zero_()
-        if not was_applied:
+        if not was_applied or self.is_frozen:
             return
         for group in groups:
             dist.all_reduce(loads, group=group)

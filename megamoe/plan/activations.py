@@ -159,7 +159,7 @@ class _Sizes:
 
     @property
     def logits(self) -> int:
-        return self.whole_rows * self.dims.vocab // self.grid.tensor
+        return self.whole_rows * (self.config.model.num_labels or self.dims.vocab // self.grid.tensor)
 
     @property
     def dropout_mask(self) -> int:

@@ -236,6 +236,10 @@ class _Layout:
         yield rows, rows, self.num_micro_batches
 
     def _head(self) -> Iterator[Collective]:
+        if self.config.model.num_labels:  # whole on each tensor rank: whole sequences are all that it needs
+            if self.is_sequence_parallel:
+                yield self._call("all_gather", "classifier", "forward", self.slice)
+            return
         yield from self._column_cut("output", in_layer=False)
         # Vocabulary-parallel cross entropy: the largest logit, the sum of exponentials, the label's logit; fp32.
         yield self._call("all_reduce", "loss", "forward", self.tokens * 4, count=3)

@@ -126,7 +126,8 @@ class Compute:
     @cached_property
     def logits(self) -> Work:
         """Output product and the loss, whose logits are read and written in fp32."""
-        product = Product(self.tokens, self.sizes.vocab / self.grid.tensor, self.sizes.hidden)
+        columns = self.config.model.num_labels or self.sizes.vocab / self.grid.tensor  # labels are not cut
+        product = Product(self.tokens, columns, self.sizes.hidden)
         moved = product.rows * product.columns * (self.size + 4 * 4)
         return Work((product,), memory_bytes=moved)
 

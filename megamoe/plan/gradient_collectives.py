@@ -13,9 +13,10 @@ from functools import lru_cache
 from megamoe.config.schema import Config, OptimizerConfig
 from megamoe.plan.optimizer_groups import OptimizerGroup, optimizer_groups
 from megamoe.plan.quantities import Collective, Family, Phase
-from megamoe.plan.roles import HeldParameter, Role
+from megamoe.plan.roles import HeldParameter, Role, trained_part
 from megamoe.plan.states import ELEMENT_BYTES, MASTER_BYTES, MAX_STAGE_0_BUCKET_ELEMENTS
 from megamoe.topology.grid import Coordinates, Grid
+from megamoe.topology.parameters import is_output_tied
 from megamoe.topology.reductions import is_summed_over_tensor
 from megamoe.topology.updates import reduce_bucket_elements
 
@@ -24,6 +25,7 @@ Member = tuple[OptimizerGroup, int]  # a parameter: its group, its number there
 
 def update_collectives(config: Config, grid: Grid, role: Role, at: Coordinates) -> Iterator[Collective]:
     """Those of `ScheduleEngine.apply_gradients` and of `BalanceBias.update`."""
+    role = trained_part(role, config.finetune)
     groups = optimizer_groups(role, config.optimizer, grid)
     zero_stage = config.parallel.zero_stage
     if zero_stage == 0:
@@ -35,7 +37,8 @@ def update_collectives(config: Config, grid: Grid, role: Role, at: Coordinates) 
         for group in groups:
             size = group.partition_elements * ELEMENT_BYTES[config.run.precision]
             yield Collective("all_gather", _family(group.is_expert), "updated weights", "update", size, 1)
-    if config.moe.balance_bias_update_rate > 0.0 and role.moe_experts:
+    moves_biases = config.moe.balance_bias_update_rate > 0.0 and "routers" not in config.finetune.freeze
+    if moves_biases and role.moe_experts:
         for family in ("tensor", "data"):
             yield Collective("all_reduce", family, "balance biases", "update", 8 * sum(role.moe_experts), 1)
 
@@ -46,6 +49,7 @@ def zero_2_collectives(config: Config, grid: Grid, role: Role, num_micro_batches
     Within a layer the order is not exactly known: where a pass fills more than one bucket, the bytes of all calls
     together are exact, those of each call are not.
     """
+    role = trained_part(role, config.finetune)
     bucket = reduce_bucket_elements(role.num_elements)
     for each in _pass_reductions(role, config.optimizer, grid, bucket):
         yield replace(each, count=each.count * num_micro_batches)
@@ -151,7 +155,7 @@ def _finalizer(
     if summed:
         yield Collective("all_reduce", "tensor", "gradients in parts", "update", summed * MASTER_BYTES, 1)
     embedding = next((held for held in role.parameters if held.parameter.kind == "embedding"), None)
-    if config.model.tie_embeddings and grid.pipeline > 1 and embedding is not None:
+    if is_output_tied(config.model) and grid.pipeline > 1 and embedding is not None:
         size = embedding.num_elements * MASTER_BYTES
         yield Collective("all_reduce", "tied_embedding", "tied embedding", "update", size, 1)
     yield Collective("all_reduce", "world", "norm, loss and stop", "update", 40, 1)  # five fp64 numbers

@@ -1,13 +1,14 @@
 """Which pipeline ranks hold the same kinds of things, and what they hold, tensor by tensor. No torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 
-from megamoe.config.schema import Config, ModelConfig, MoEConfig
+from megamoe.config.schema import Config, FinetuneConfig, ModelConfig, MoEConfig
 from megamoe.topology.grid import Grid
-from megamoe.topology.parameters import Parameter, experts_by_layer, local_shape, param_table
+from megamoe.topology.parameters import Parameter, experts_by_layer, is_output_tied, local_shape, param_table
 from megamoe.topology.stages import chunk_parameters, stage_layers
+from megamoe.topology.updates import is_frozen
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,15 @@ def roles(config: Config, world_size: int) -> tuple[Role, ...]:
     return tuple(_role(config, world_size, tuple(ranks)) for ranks in by_kind.values())
 
 
+@lru_cache(maxsize=1024)
+def trained_part(role: Role, finetune: FinetuneConfig) -> Role:
+    """The role with the parameters that are trained alone: gradients and optimizer state are theirs."""
+    if not finetune.freeze:
+        return role
+    trained = tuple(held for held in role.parameters if not is_frozen(held.parameter, finetune))
+    return replace(role, parameters=trained)
+
+
 def role_of(config: Config, world_size: int, pipeline_rank: int) -> Role:
     """What one pipeline rank holds, as a role of its own. Raises as `roles` does."""
     return _role(config, world_size, (pipeline_rank,))
@@ -131,7 +141,7 @@ def _role_on(model: ModelConfig, moe: MoEConfig, grid: Grid, virtual: int, pipel
             chunk=number,
         )
         held += [_held(parameter, grid, chunk) for parameter in sorted(table, key=_place_in_model)]
-        if chunk.has_head and not chunk.has_embedding and held and model.tie_embeddings:
+        if chunk.has_head and not chunk.has_embedding and held and is_output_tied(model):
             # The model has its output matrix last.
             held.append(held.pop(next(i for i, each in enumerate(held) if each.tied_copy)))
     return Role(tuple(pipeline_ranks), chunks, tuple(held))

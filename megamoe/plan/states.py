@@ -17,7 +17,7 @@ from typing import Literal
 
 from megamoe.config.schema import Config
 from megamoe.plan.optimizer_groups import OptimizerGroup, optimizer_groups
-from megamoe.plan.roles import HeldParameter, Role, role_of
+from megamoe.plan.roles import HeldParameter, Role, role_of, trained_part
 from megamoe.topology.grid import Coordinates, Grid
 from megamoe.topology.parameters import dimensions
 from megamoe.topology.updates import reduce_bucket_elements
@@ -67,11 +67,12 @@ def states(config: Config, world_size: int, rank: int) -> States:
     grid = Grid.from_config(config.parallel, world_size)
     at = grid.coordinates(rank)
     role = role_of(config, world_size, at.pipeline)
-    groups = optimizer_groups(role, config.optimizer, grid)
+    trained = trained_part(role, config.finetune)
+    groups = optimizer_groups(trained, config.optimizer, grid)
     zero_stage = config.parallel.zero_stage
     num_passes = num_micro_batches(config, world_size) * config.parallel.virtual_pipeline_parallel_size
-    lines = _whole(config, role) if zero_stage == 0 else _partitioned(config, role, groups, at, num_passes)
-    return States((*lines, *_kept_buffers(config, role)))
+    lines = _whole(config, trained) if zero_stage == 0 else _partitioned(config, trained, groups, at, num_passes)
+    return States((*lines, *_frozen(config, role.num_elements - trained.num_elements), *_kept_buffers(config, role)))
 
 
 def fullest_states(config: Config, world_size: int, pipeline_rank: int, moment: Moment = "backward") -> States:
@@ -95,6 +96,12 @@ def _whole(config: Config, role: Role) -> Iterator[StateLine]:
     yield from _moments(config, size, len(role.parameters))
     # parameter.grad, from the first backward pass to the end of the update
     yield StateLine("gradients", "gradients", size * MASTER_BYTES, ("backward", "update"))
+
+
+def _frozen(config: Config, num_elements: int) -> Iterator[StateLine]:
+    if num_elements:
+        size = num_elements * ELEMENT_BYTES[config.run.precision]
+        yield StateLine("frozen weights", "weights", size, ("rest", "backward", "update"))
 
 
 def _moments(config: Config, num_elements: int, num_tensors: int) -> Iterator[StateLine]:

@@ -7,7 +7,8 @@ dropped_first_fraction, dropped_second_fraction, unused_experts, router_logit_rm
 _entropy, _top_fifth, _bottom_fifth, dead_experts (megamoe.training.report says what they are); of speed
 tokens_per_second_per_rank, model_flops_per_second, hardware_flops_per_second, flops_utilization and seconds_PHASE
 (megamoe.training.throughput). A validation line has step, valid_loss, valid_perplexity, and valid_loss/NAME,
-valid_perplexity/NAME of corpora with a name. More keys may be added; none is required but `step`.
+valid_perplexity/NAME of corpora with a name; of a classifier valid_accuracy in the perplexity's place. More keys may
+be added; none is required but `step`.
 """
 
 import json
@@ -130,6 +131,7 @@ _COLUMNS = (
     ("perplexity", "ppl", _perplexity),
     ("valid_loss", "valid loss", _number(4, 7)),
     ("valid_perplexity", "valid ppl", _perplexity),
+    ("valid_accuracy", "valid accuracy", lambda value: f"{value:6.2%}"),
     ("test_loss", "test loss", _number(4, 7)),
     ("test_perplexity", "test ppl", _perplexity),
     ("lr", "lr", lambda value: f"{value:.2e}"),

@@ -50,4 +50,4 @@ def _core_flops(config: Config, attention: Literal["causal", "full"]) -> float:
 
 def _logit_flops(config: Config) -> float:
     sizes = dimensions(config.model, config.moe)
-    return 2.0 * sizes.hidden * sizes.vocab
+    return 2.0 * sizes.hidden * (config.model.num_labels or sizes.vocab)

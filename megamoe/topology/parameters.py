@@ -16,6 +16,7 @@ from megamoe.topology.grid import Coordinates, Grid
 from megamoe.topology.initial import Constant, Initial, InitRule, Normal, Uniform, init_rule, seed_of
 
 __all__ = [
+    "HEAD",
     "Constant",
     "Dimensions",
     "Normal",
@@ -23,6 +24,7 @@ __all__ = [
     "Uniform",
     "dimensions",
     "experts_by_layer",
+    "is_output_tied",
     "local_shape",
     "local_slices",
     "moe_layers",
@@ -33,7 +35,8 @@ __all__ = [
     "seed_of",
 ]
 
-Kind = Literal["embedding", "norm", "attention", "ffn", "router", "expert", "mix", "output"]
+HEAD = "score.weight"  # of a classifier
+Kind = Literal["embedding", "norm", "attention", "ffn", "router", "expert", "mix", "output", "head"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     kind: Kind
-    layer: int | None  # 0-based; None: embedding, final norm, output
+    layer: int | None  # 0-based; None: embedding, final norm, output, head of a classifier
     tensor_dim: int | None  # cut by tensor parallelism (experts: by expert tensor parallelism)
     expert_dim: int | None  # numbers the experts; cut by expert parallelism
     init: Initial
@@ -151,11 +154,19 @@ def param_table(model: ModelConfig, moe: MoEConfig) -> tuple[Parameter, ...]:
         else:
             table += _ffn(model, sizes, rule, layer)
     table += _norm("final_norm", sizes.hidden, None, bias=model.normalization == "layernorm")
-    if not model.tie_embeddings:
+    if model.num_labels:  # named as Hugging Face's classifiers name it; no bias, as there; whole on each tensor rank
+        shape, init = (model.num_labels, sizes.hidden), rule.linear_weight(sizes.hidden)
+        table.append(Parameter(HEAD, shape, "head", None, None, None, init, False))
+    elif not model.tie_embeddings:
         table.append(
             Parameter("output.weight", (sizes.vocab, sizes.hidden), "output", None, 0, None, rule.embedding(), False)
         )
     return tuple(table)
+
+
+def is_output_tied(model: ModelConfig) -> bool:
+    """Whether the embedding is the output matrix, too: on the last pipeline stage there is then a copy of it."""
+    return model.tie_embeddings and not model.num_labels
 
 
 def num_parameters(table: Iterable[Parameter]) -> int:

@@ -17,7 +17,7 @@ def is_summed_over_tensor(parameter: Parameter, parallel: ParallelConfig) -> boo
         return False
     if parameter.kind == "expert":
         return parallel.expert_tensor_parallel_size > 1 and parameter.tensor_dim is None
-    if parameter.tensor_dim is not None:
+    if parameter.tensor_dim is not None or parameter.kind == "head":  # a classifier's sees whole sequences
         return False
     if parameter.kind == "router" or parameter.name.endswith((".q_norm.weight", ".k_norm.weight")):
         return True

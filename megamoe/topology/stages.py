@@ -51,11 +51,12 @@ def chunk_parameters(
     """The entries of `table` that this chunk holds, in table order.
 
     The first chunk of all has the embedding; the last has the final norm and the output matrix, or, in a table without
-    one (tied embeddings), the embedding once more. Raises TopologyError as `stage_layers` does.
+    one (tied embeddings), the embedding once more; of a classifier the last has the head. Raises TopologyError as
+    `stage_layers` does.
     """
     table = tuple(table)
     layers = stage_layers(num_layers, pipeline, virtual, pipeline_rank, chunk)
-    tied = all(parameter.kind != "output" for parameter in table)
+    tied = all(parameter.kind not in ("output", "head") for parameter in table)
     is_first, is_last = layers.start == 0, layers.stop == num_layers
 
     def held(parameter: Parameter) -> bool:

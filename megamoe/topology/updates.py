@@ -3,10 +3,53 @@
 import math
 from typing import NamedTuple
 
-from megamoe.config.schema import OptimizerConfig
-from megamoe.topology.parameters import Parameter
+from megamoe.config.schema import Config, FinetuneConfig, OptimizerConfig
+from megamoe.errors import ConfigError
+from megamoe.topology.parameters import Parameter, param_table
+from megamoe.topology.stages import chunk_parameters
 
 MAX_REDUCE_BUCKET_ELEMENTS = 100_000_000
+
+
+# Kinds of parameters in each part that finetune.freeze can name. The head of a classifier is in none.
+_PARTS = {
+    "routers": {"router"},
+    "experts": {"expert"},
+    "dense": {"embedding", "norm", "attention", "ffn", "mix", "output"},
+    "embeddings": {"embedding"},
+    "norms": {"norm"},
+    "attention": {"attention"},
+    "ffn": {"ffn", "mix"},
+    "output": {"output"},
+}
+
+
+def is_frozen(parameter: Parameter, finetune: FinetuneConfig) -> bool:
+    """Whether training leaves the parameter as it is: it has no gradient and no optimizer state."""
+    return any(parameter.kind in _PARTS[part] for part in finetune.freeze)
+
+
+def check_all_train(config: Config) -> None:
+    """Raises ConfigError where a pipeline stage has nothing to train: no optimizer can be made of that."""
+    pipeline, virtual = config.parallel.pipeline_parallel_size, config.parallel.virtual_pipeline_parallel_size
+    if not config.finetune.freeze:
+        return
+    table = param_table(config.model, config.moe)
+    for stage in range(pipeline):
+        held = (
+            parameter
+            for chunk in range(virtual)
+            for parameter in chunk_parameters(
+                table, num_layers=config.model.num_layers, pipeline=pipeline, virtual=virtual, pipeline_rank=stage,
+                chunk=chunk,
+            )
+        )  # fmt: skip
+        if all(is_frozen(parameter, config.finetune) for parameter in held):
+            where = "" if pipeline == 1 else f" on pipeline stage {stage}"
+            instead = "freeze less" if pipeline == 1 else "freeze less, or use parallel.pipeline_parallel_size 1"
+            raise ConfigError(
+                f"finetune.freeze [{', '.join(config.finetune.freeze)}] leaves nothing to train{where}: {instead}"
+            )
 
 
 class UpdateKind(NamedTuple):

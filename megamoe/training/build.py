@@ -18,7 +18,10 @@ from megamoe.moe.losses import LossScale
 from megamoe.moe.statistics import LoadStatistics
 from megamoe.phases import phase
 from megamoe.topology.parameters import param_table
+from megamoe.topology.updates import check_all_train
+from megamoe.training.best import BestValidation
 from megamoe.training.engine import ScheduleEngine, create_engine
+from megamoe.training.freezing import freeze
 from megamoe.training.groups import create_groups, destroy_groups
 from megamoe.training.lr_schedule import learning_rate
 from megamoe.training.optimizer import build_optimizer
@@ -30,7 +33,8 @@ from megamoe.training.step import Batch, Schedule, StepResult, train_step
 class Trainer:
     """All that a run needs on one rank. `step` counts optimizer steps, skipped ones too; `samples`
     consumed sequences, those of skipped and rolled-back steps too; `skipped_steps` steps whose update was not applied;
-    `judge` guards against spikes, if that is on; `monitoring_run_id` is the tracking service's, if one is used."""
+    `judge` guards against spikes, if that is on; `best` remembers the best validation of a fine-tuning, and when to
+    stop for want of better ones; `monitoring_run_id` is the tracking service's, if one is used."""
 
     config: Config
     groups: ParallelGroups
@@ -46,6 +50,7 @@ class Trainer:
     samples: int = 0
     skipped_steps: int = 0
     judge: SpikeJudge | None = None
+    best: BestValidation | None = None
     monitoring_run_id: str | None = None
 
     @property
@@ -61,6 +66,10 @@ class Trainer:
         self.step += 1
         self.samples += global_batch_size
         return result
+
+    @property
+    def has_stopped_early(self) -> bool:
+        return self.best is not None and self.best.has_stopped
 
     def close(self) -> None:
         """Let go of the engine and of the groups in both engines' module state; the process may build another trainer.
@@ -100,12 +109,15 @@ def build_trainer(config: Config, device: torch.device, *, launched_ranks_per_no
     `launched_ranks_per_node`, if the launcher said it, counts where parallel.ranks_per_node is not set.
     Raises TopologyError or ConfigError where the layout does not fit the ranks or the machine.
     """
+    check_all_train(config)
     cpu_bridge.apply()
     groups = create_groups(config.parallel, launched_ranks_per_node=launched_ranks_per_node)
     seed_generators(config.run.seed, groups, router_jitter=config.moe.num_experts > 0 and config.moe.input_jitter > 0.0)
     aux_loss_scale, statistics = LossScale(), LoadStatistics()
     evaluation = EvaluationMode()
-    balance_bias = BalanceBias(config.moe.balance_bias_update_rate, device)
+    balance_bias = BalanceBias(
+        config.moe.balance_bias_update_rate, device, is_frozen="routers" in config.finetune.freeze
+    )
     chunks = build_model_chunks(
         config,
         groups,
@@ -119,11 +131,14 @@ def build_trainer(config: Config, device: torch.device, *, launched_ranks_per_no
         chunk.to(device)
     parameters = local_parameters(chunks, param_table(config.model, config.moe), groups)
     fill_initial(parameters, config.run.seed)
-    engine = create_engine(chunks, parameters, build_optimizer(parameters, config), config, groups)
+    trained = freeze(parameters, config)
+    engine = create_engine(chunks, trained, build_optimizer(trained, config), config, groups)
     schedule = Schedule(chunks, groups, config.model.seq_length, config.run.micro_batch_size, device)
     trainer = Trainer(
         config, groups, chunks, parameters, engine, schedule, aux_loss_scale, statistics, evaluation, balance_bias
     )
+    if config.finetune.objective is not None:
+        trainer.best = BestValidation(config.finetune)
     if config.guard.action != "disabled":
         trainer.judge = judge = SpikeJudge(config)
         engine.finalizer.refuse = lambda loss, norm: judge.refuses(trainer.step + 1, loss, norm)

@@ -8,7 +8,7 @@ from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError
 
 # What the optimizer's state means: another value cannot go on from it.
-_OPTIMIZER = ("optimizer.name",)
+_OPTIMIZER = ("optimizer.name", "finetune.objective", "finetune.freeze")
 # What the weights mean: another value, even one that leaves every shape as it was, is another model.
 _MODEL = (
     "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads",
@@ -18,7 +18,7 @@ _MODEL = (
     "moe.num_experts", "moe.top_k", "moe.layer_pattern", "moe.expert_ffn_hidden_size", "moe.normalize_gates",
     "moe.score_function", "moe.gate_order", "moe.routed_scaling_factor", "moe.num_expert_groups",
     "moe.num_selected_groups", "moe.num_experts_by_layer", "moe.shared_expert_ffn_hidden_size",
-    "moe.shared_expert_mix",
+    "moe.shared_expert_mix", "model.num_labels",
 )  # fmt: skip
 # What a run may change without being another: nothing about it is worth a line.
 _FREE = (
@@ -27,23 +27,27 @@ _FREE = (
 )  # fmt: skip
 
 
-def check_same_model(saved: Mapping[str, Any], config: Config, folder: Path, *, with_optimizer: bool) -> None:
+def check_same_model(saved: Mapping[str, Any], config: Config, folder: Path, *, with_optimizer: bool) -> bool:
     """Raises CheckpointError naming what differs if a checkpoint of the configuration `saved` holds another model.
 
-    with_optimizer: its optimizer's state must fit, too.
+    with_optimizer: its optimizer's state must fit, too. Without it a classifier may begin from a language model:
+    returns whether it does.
     """
-    changed = list(_differences(saved, config, _MODEL))
+    gets_head = not with_optimizer and config.model.num_labels > 0 and not saved.get("model", {}).get("num_labels")
+    wanted = tuple(key for key in _MODEL if not (gets_head and key == "model.num_labels"))
+    changed = list(_differences(saved, config, wanted))
     if changed:
-        raise CheckpointError(
-            f"{folder} holds another model ({'; '.join(changed)}): resume with that model, choose another run.dir, "
-            "or set checkpoint.resume false"
-        )
+        instead = "resume with that model, choose another run.dir, or set checkpoint.resume false"
+        if not with_optimizer:
+            instead = "begin from weights of this model, or leave these settings as they are there"
+        raise CheckpointError(f"{folder} holds another model ({'; '.join(changed)}): {instead}")
     changed = list(_differences(saved, config, _OPTIMIZER)) if with_optimizer else []
     if changed:
         raise CheckpointError(
-            f"{folder} holds the state of another optimizer ({'; '.join(changed)}): resume with that one, or start a "
+            f"{folder} holds the state of another training ({'; '.join(changed)}): resume with that one, or start a "
             "run from its weights alone (checkpoint.load_from and another run.dir)"
         )
+    return gets_head
 
 
 def changed_settings(saved: Mapping[str, Any], config: Config) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -49,6 +50,12 @@ class ScheduleEngine(DeepSpeedEngine):
         """
         choice = super()._do_optimizer_sanity_check(basic_optimizer)
         return ZERO_OPTIMIZATION if choice == BFLOAT16 else choice
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        """Where all experts are frozen their gradients need no groups of their own, which DeepSpeed would insist on."""
+        super()._configure_distributed_model(model)
+        if not any(is_moe_param(each) and each.requires_grad for each in self.module.parameters()):
+            self.has_moe_layers = False
 
     @property
     def current_loss_scale(self) -> float:
@@ -93,7 +100,7 @@ class ScheduleEngine(DeepSpeedEngine):
         if applied:
             self._clip(norm)
             self.optimizer.step()
-        for parameter in self.module.parameters():
+        for parameter in self._trained():
             parameter.grad = None
         return applied
 
@@ -109,10 +116,13 @@ class ScheduleEngine(DeepSpeedEngine):
                 ) from error
             raise
 
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
     def _clip(self, norm: float) -> None:
         clip = self.finalizer.clip_grad
         if clip > 0.0 and norm > clip:
-            for parameter in self.module.parameters():
+            for parameter in self._trained():
                 parameter.grad.mul_(clip / (norm + 1e-6))
 
     def _whole_gradients(self) -> list[GradientSlice]:
@@ -120,7 +130,7 @@ class ScheduleEngine(DeepSpeedEngine):
         by_tensor = self.finalizer.by_tensor
         return [
             GradientSlice(by_tensor[id(parameter)], parameter.grad.view(-1), 0)
-            for parameter in self.module.parameters()
+            for parameter in self._trained()
         ]
 
     def _partitioned_gradients(self) -> list[GradientSlice]:
@@ -207,7 +217,9 @@ def create_engine(
     config: Config,
     groups: ParallelGroups,
 ) -> ScheduleEngine:
-    """Wrap the chunks and the optimizer. Raises ConfigError where the accelerator cannot do the precision.
+    """Wrap the chunks and the optimizer over `parameters`, those that are trained.
+
+    Raises ConfigError where the accelerator cannot do the precision.
 
     torch.distributed and the groups must exist. Broadcasts weights over the data-parallel groups.
     """

@@ -17,6 +17,7 @@ from megamoe.model.naming import LocalParameter
 from megamoe.model.parallel import ParallelGroups
 from megamoe.moe.host_read import read_numbers
 from megamoe.phases import phase
+from megamoe.topology.parameters import is_output_tied
 from megamoe.topology.reductions import is_summed_over_tensor, is_whole_on_each_tensor_rank
 
 
@@ -50,7 +51,8 @@ class GradientFinalizer:
         self.refuse: Callable[[float | None, float], bool] = lambda loss, norm: False
         self.is_refused = False
         self._groups, self._parallel = groups, config.parallel
-        self._is_tied = config.model.tie_embeddings and groups.grid.pipeline > 1
+        is_embedding_trained = any(local.parameter.kind == "embedding" for local in parameters)
+        self._is_tied = is_output_tied(config.model) and groups.grid.pipeline > 1 and is_embedding_trained
         self._expert_scale = 1.0
         if config.optimizer.expert_grad_scaling == "sqrt_world_size":
             num_ranks = config.optimizer.expert_grad_world_size or config.parallel.expert_parallel_size

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from megamoe.data.batches import BatchPlan, SampleSource, micro_batches
+from megamoe.data.batches import BatchPlan, RowSource, SampleSource, micro_batches
 from megamoe.training.batch_size import global_batch_size
 from megamoe.training.build import Trainer
 from megamoe.training.step import Batch, StepResult
@@ -25,7 +25,7 @@ class Hook(Protocol):
     def on_end(self, trainer: Trainer) -> None: ...
 
 
-def local_batch(trainer: Trainer, dataset: SampleSource, consumed_samples: int, batch_size: int) -> Batch:
+def local_batch(trainer: Trainer, dataset: SampleSource | RowSource, consumed_samples: int, batch_size: int) -> Batch:
     """This rank's share of the global batch that begins at `consumed_samples`."""
     grid, micro_batch_size = trainer.groups.grid, trainer.config.run.micro_batch_size
     return Batch(
@@ -41,11 +41,11 @@ def local_batch(trainer: Trainer, dataset: SampleSource, consumed_samples: int, 
     )
 
 
-def train(trainer: Trainer, dataset: SampleSource, hooks: Sequence[Hook]) -> None:
-    """Train until run.num_steps, from wherever the trainer stands."""
+def train(trainer: Trainer, dataset: SampleSource | RowSource, hooks: Sequence[Hook]) -> None:
+    """Train until run.num_steps, or until validations want no more of it, from wherever the trainer stands."""
     for hook in hooks:
         hook.on_start(trainer)
-    while trainer.step < trainer.config.run.num_steps:
+    while trainer.step < trainer.config.run.num_steps and not trainer.has_stopped_early:
         batch_size = global_batch_size(trainer.config.run, trainer.samples)
         batch = local_batch(trainer, dataset, trainer.samples, batch_size)
         result = trainer.train_step(batch, batch_size)

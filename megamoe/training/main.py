@@ -15,6 +15,7 @@ from megamoe.checkpoint.commit import recover  # noqa: E402
 from megamoe.config.schema import Config  # noqa: E402
 from megamoe.config.validation import validate_for_training  # noqa: E402
 from megamoe.data.datasets import Splits, open_splits  # noqa: E402
+from megamoe.data.examples import ExampleSplits, open_examples  # noqa: E402
 from megamoe.data.manifest import check_tokenizer  # noqa: E402
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer  # noqa: E402
 from megamoe.errors import ConfigError, TrainingInterrupted, TrainingStopped  # noqa: E402
@@ -28,6 +29,7 @@ from megamoe.runs.stop_file import StopFile  # noqa: E402
 from megamoe.training.agreement import first_ranks_numbers  # noqa: E402
 from megamoe.training.build import Trainer, build_trainer  # noqa: E402
 from megamoe.training.distributed import bound_waits, initialize_distributed  # noqa: E402
+from megamoe.training.examples import BestKeeper, ExampleValidator  # noqa: E402
 from megamoe.training.guard import LossGuard  # noqa: E402
 from megamoe.training.hooks import ClockRestart, FinalTest, MemoryNote, Reporter, Saver, SkipGuard, Validator  # noqa: E402
 from megamoe.training.interruption import stop_signals_heeded  # noqa: E402
@@ -56,9 +58,7 @@ def run_rank(payload: dict[str, Any]) -> None:
 
 def _run(config: Config, environment: RankEnvironment, supervision: Supervision) -> None:
     validate_for_training(config, environment.world_size)
-    splits = open_splits(
-        config.data, seq_length=config.model.seq_length, vocab_size=config.model.vocab_size, seed=config.run.seed
-    )
+    splits = _open(config)
     wants_sample = config.monitor.sample_prompt is not None and config.monitor.num_sample_tokens > 0
     tokenizer = build_tokenizer(config.data.tokenizer) if wants_sample else None
     for corpus in config.data.train if tokenizer is not None else ():
@@ -99,9 +99,17 @@ def _run(config: Config, environment: RankEnvironment, supervision: Supervision)
         raise interruption
 
 
+def _open(config: Config) -> Splits | ExampleSplits:
+    if config.finetune.objective is not None:
+        return open_examples(config)
+    return open_splits(
+        config.data, seq_length=config.model.seq_length, vocab_size=config.model.vocab_size, seed=config.run.seed
+    )
+
+
 def _train(
     trainer: Trainer,
-    splits: Splits,
+    splits: Splits | ExampleSplits,
     hooks: list[Hook],
     saver: CheckpointSaver,
     monitor: Monitor,
@@ -124,7 +132,8 @@ def _train(
     finally:
         supervision.progress.stage = "close"
         monitor.close()
-    supervision.event("end", f"all {trainer.step} steps are done", step=trainer.step)
+    end = "stopped early after step {}" if trainer.has_stopped_early else "all {} steps are done"
+    supervision.event("end", end.format(trainer.step), step=trainer.step)
     return None
 
 
@@ -162,7 +171,11 @@ def _load(trainer: Trainer, resumable: list[Path]) -> Loaded | None:
 
 
 def _hooks(
-    config: Config, monitor: Monitor, splits: Splits, tokenizer: Tokenizer | None, saver: CheckpointSaver
+    config: Config,
+    monitor: Monitor,
+    splits: Splits | ExampleSplits,
+    tokenizer: Tokenizer | None,
+    saver: CheckpointSaver,
 ) -> list[Hook]:
     reporter = Reporter(
         config.monitor.log_interval_steps, monitor.record, monitor.show_step,
@@ -172,13 +185,17 @@ def _hooks(
     hooks: list[Hook] = [guard, SkipGuard(config.run.max_skipped_steps), reporter]
     if config.checkpoint.replica_check_interval_steps:  # before the saver: what differs must not be saved
         hooks.append(ReplicaCheck(config.checkpoint.replica_check_interval_steps))
-    if splits.valid is not None and config.run.num_eval_batches:
-        run = config.run
+    run = config.run
+    if isinstance(splits, ExampleSplits) and splits.valid is not None:
+        hooks.append(ExampleValidator(splits.valid, run.eval_interval_steps, monitor.record))
+    elif isinstance(splits, Splits) and splits.valid is not None and run.num_eval_batches:
         hooks.append(Validator(splits.valid, run.eval_interval_steps, run.num_eval_batches, monitor.record))
     if splits.test is not None and config.run.num_eval_batches:
         hooks.append(FinalTest(splits.test, config.run.num_eval_batches, monitor.record))
     checkpoint = config.checkpoint
     hooks.append(Saver(saver, checkpoint.save_interval_steps, checkpoint.save_at_end))
+    if isinstance(splits, ExampleSplits):
+        hooks.append(BestKeeper(saver, monitor.note, is_first=monitor.is_first))
     if tokenizer is not None:
         hooks.append(
             Sampler(tokenizer, config.monitor.sample_prompt or "", config.monitor.num_sample_tokens, monitor.say)
@@ -186,7 +203,7 @@ def _hooks(
     return [*hooks, MemoryNote(monitor.say), ClockRestart(reporter)]
 
 
-def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits, loaded: Loaded | None) -> None:
+def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits | ExampleSplits, loaded: Loaded | None) -> None:
     config, grid = trainer.config, trainer.groups.grid
     optimizer, is_resumed = config.optimizer, loaded is not None and loaded.is_whole
     if (optimizer.name, optimizer.implementation) == ("adamw", "auto") and apex_state() == "unrelated":
@@ -201,4 +218,9 @@ def _say_start(trainer: Trainer, monitor: Monitor, splits: Splits, loaded: Loade
         for note in loaded.notes:
             monitor.say(f"  {note}")
     epoch = splits.train.num_samples
+    if isinstance(splits, ExampleSplits):
+        monitor.say(f"fine-tuning on {epoch} examples; run folder {config.run.dir}")
+        for note in splits.notes:
+            monitor.say(f"  {note}")
+        return
     monitor.say(f"{epoch} training sequences of {config.model.seq_length} tokens an epoch; run folder {config.run.dir}")

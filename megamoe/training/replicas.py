@@ -15,6 +15,7 @@ from torch import Tensor
 from megamoe.checkpoint.manifest import config_hash
 from megamoe.errors import TrainingStopped
 from megamoe.model.naming import LocalParameter
+from megamoe.topology.parameters import is_output_tied
 from megamoe.training.agreement import extremes, first_message
 from megamoe.training.hooks import BaseHook
 from megamoe.training.step import StepResult
@@ -79,7 +80,7 @@ def _difference_in_weights(trainer: "Trainer") -> str | None:
         _compare(experts, groups.expert_data),
         _compare(copies, groups.data),
     ]
-    if groups.tied_embedding is not None and trainer.config.model.tie_embeddings:
+    if groups.tied_embedding is not None and is_output_tied(trainer.config.model):
         found.append(_compare(tied, groups.tied_embedding))
     return next((message for message in found if message is not None), None)
 

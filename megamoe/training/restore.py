@@ -19,7 +19,7 @@ from megamoe.checkpoint.reader import Checkpoint
 from megamoe.checkpoint.slices import STORAGE, Slice
 from megamoe.errors import CheckpointError
 from megamoe.model.random import random_state, reseed_generators, restore_random_state
-from megamoe.topology.parameters import Parameter, param_table
+from megamoe.topology.parameters import HEAD, Parameter, param_table
 from megamoe.training.agreement import first_message
 from megamoe.training.checkpoint_state import changed_settings, check_same_model
 from megamoe.training.host_copy import as_bytes
@@ -100,6 +100,8 @@ def load_checkpoint(trainer: "Trainer", folder: Path) -> Loaded:
     state = manifest.state
     trainer.step, trainer.samples, trainer.skipped_steps = state["step"], state["samples"], state["skipped_steps"]
     trainer.monitoring_run_id = state.get("monitoring_run_id")
+    if trainer.best is not None:
+        trainer.best.restore(state.get("best_validation"))
     if trainer.judge is not None:
         trainer.judge.restore(state.get("guard"))
     set_num_optimizer_steps(trainer.engine.basic_optimizer, state["optimizer_steps"])
@@ -111,6 +113,8 @@ def load_checkpoint(trainer: "Trainer", folder: Path) -> Loaded:
 
 def load_weights(trainer: "Trainer", folder: Path) -> Loaded:
     """Fine-tuning: weights (exact ones where the checkpoint has masters) and router biases; all else stays fresh.
+
+    A classifier may begin from a language model: its head stays as it was drawn, the output matrix is left behind.
 
     Collective over all ranks. Raises as `load_checkpoint`.
     """
@@ -131,17 +135,19 @@ def load_model(holder: WeightHolder, folder: Path) -> Loaded:
     return _load_pieces(holder, _open(holder, folder), model_pieces(holder))
 
 
-def load_model_of(holder: WeightHolder, checkpoint: Checkpoint) -> Loaded:
-    """`load_model` from a checkpoint that is open."""
-    return _load_pieces(holder, checkpoint, model_pieces(holder))
-
-
 def _load_pieces(holder: WeightHolder, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:
-    folder, saved = checkpoint.folder, checkpoint.manifest.config
-    check_same_model(saved, holder.config, folder, with_optimizer=False)
+    folder, saved, config = checkpoint.folder, checkpoint.manifest.config, holder.config
+    gets_head = check_same_model(saved, config, folder, with_optimizer=False)
+    if gets_head:
+        pieces = [piece for piece in pieces if piece.slice.name != HEAD]
     present, notes = _present(checkpoint, pieces, folder)
-    _together(holder, lambda: _read_all(holder, checkpoint, present))
-    return Loaded(folder, (*notes, *changed_settings(saved, holder.config)), is_whole=False)
+    if gets_head:
+        notes.append(f"the head of {config.model.num_labels} labels is new: {folder} is a language model")
+    _together(holder, lambda: _read_all(holder, checkpoint, present, gets_head=gets_head))
+    changed = changed_settings(saved, config)
+    if config.finetune.objective is not None:  # another training: what the model does is all that matters
+        changed = [each for each in changed if each.startswith(("model.", "moe."))]
+    return Loaded(folder, (*notes, *changed), is_whole=False)
 
 
 def _present(checkpoint: Checkpoint, pieces: Sequence[Piece], folder: Path) -> tuple[list[Piece], list[str]]:
@@ -185,9 +191,13 @@ def _together(holder: WeightHolder, work: Any) -> None:
 
 
 @torch.no_grad()
-def _read_all(holder: WeightHolder, checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
+def _read_all(
+    holder: WeightHolder, checkpoint: Checkpoint, pieces: Iterable[Piece], *, gets_head: bool = False
+) -> None:
     config = holder.config
-    _check_parameters(checkpoint, param_table(config.model, config.moe))
+    # What a language model is made of, where that is what is read.
+    model = config.model.model_copy(update={"num_labels": 0}) if gets_head else config.model
+    _check_parameters(checkpoint, param_table(model, config.moe))
     is_sampled = config.checkpoint.verify == "sampled"
     draw = random.Random(dist.get_rank())
     window = np.empty(WINDOW_BYTES, dtype=np.uint8)  # untouched pages cost nothing

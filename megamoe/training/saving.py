@@ -46,6 +46,7 @@ class _Save:
     save_id: str
     started: float
     deadline: float
+    keep_best: tuple[int, ...] = ()  # steps of the best validations so far, the best last
     thread: threading.Thread | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     error: str | None = None
@@ -156,6 +157,7 @@ class CheckpointSaver:
         save = _Save(
             self.trainer.step, f"{self._nonce}-{self._num_saves}", now,
             now + self.settings.save_timeout_seconds + OVERDUE_SECONDS,
+            keep_best=() if self.trainer.best is None else tuple(self.trainer.best.steps),
         )  # fmt: skip
         self.last_step, self._save = save.step, save
         details = {} if dist.get_rank() else commit_details(self.trainer)
@@ -172,7 +174,7 @@ class CheckpointSaver:
                 commit(
                     self.root, partial, step=save.step, save_id=save.save_id, is_cancelled=save.cancelled.is_set,
                     keep_last=self.settings.keep_last, keep_every_steps=self.settings.keep_every_steps,
-                    timeout_seconds=self.settings.save_timeout_seconds, **details,
+                    timeout_seconds=self.settings.save_timeout_seconds, keep_best=save.keep_best, **details,
                 )  # fmt: skip
         except Exception as error:  # a defect of ours, too, must reach the training thread
             save.error = str(error) if isinstance(error, MegamoeError) else f"{type(error).__name__}: {error}"
@@ -222,6 +224,7 @@ def layout_here(trainer: "Trainer") -> dict[str, Any]:
 def trainer_state(trainer: "Trainer") -> dict[str, Any]:
     """Plain numbers of the run. Raises MegamoeError where the optimizer's step counts differ."""
     scaler = getattr(trainer.engine.optimizer, "loss_scaler", None)
+    best = {} if trainer.best is None else {"best_validation": trainer.best.state()}
     return {
         "step": trainer.step,
         "samples": trainer.samples,  # the data cursor, too: the order of samples follows from the seed
@@ -231,6 +234,7 @@ def trainer_state(trainer: "Trainer") -> dict[str, Any]:
         "guard": trainer.judge.state() if trainer.judge is not None else None,
         "loss_scaler": scaler and {name: vars(scaler)[name] for name in SCALER_STATE if name in vars(scaler)},
         "monitoring_run_id": trainer.monitoring_run_id,
+        **best,
     }
 
 

@@ -106,7 +106,7 @@ class SpikeJudge:
     def __init__(self, config: Config) -> None:
         self.guard = config.guard
         self._action, self._divergence_action = config.guard.action, divergence_action(config.guard)
-        self._guessing = math.log(config.model.vocab_size)
+        self._guessing = math.log(config.model.num_labels or config.model.vocab_size)
         self._overflows = config.run.precision == "fp16"  # its loss scale is found by gradients that are not finite
         self._losses, self._norms = Window(config.guard.window_steps), Window(config.guard.window_steps)
         self._lowest: float | None = None  # of the medians of all windows so far

@@ -5,7 +5,8 @@ Every element of the global state is owned by exactly one rank, whatever the lay
 - of copies on tensor ranks (norms, routers, …) and of a tied embedding's two copies the first is the owner's;
 - ZeRO stages 1 and 2 cut masters and moments into partitions (`optimizer_state`); a rank owns its own, and the same
   elements of the weights;
-- at stage 0 the data-parallel (for experts: expert-data-parallel) copies share each local part out evenly.
+- at stage 0, and where a parameter is frozen, the data-parallel (for experts: expert-data-parallel) copies share each
+  local part out evenly.
 
 In fp32 the weight is the master. Kinds and names are those of the checkpoint format.
 """
@@ -62,6 +63,7 @@ def owned(trainer: "Trainer") -> list[Piece]:
         first, last = _share(trainer, part)
         if first < last:
             pieces += _pieces_of(trainer, part, first, last)
+    pieces += _frozen(trainer)
     at = trainer.groups.coordinates
     if at.tensor == 0 and at.data == 0:
         pieces += _balance_biases(trainer)
@@ -137,12 +139,26 @@ def _is_first_copy(trainer: "Trainer", local: LocalParameter) -> bool:
 
 def _share(trainer: "Trainer", part: OptimizerPart) -> tuple[int, int]:
     """The elements of `part` that this rank writes: under ZeRO all, else its equal share among the copies."""
-    if trainer.engine.zero_stage > 0:
-        return part.first, part.last
-    at, grid = trainer.groups.coordinates, trainer.groups.grid
-    is_expert = part.local.parameter.kind == "expert"
+    return (part.first, part.last) if trainer.engine.zero_stage > 0 else _equal_share(trainer, part.local)
+
+
+def _equal_share(trainer: "Trainer", local: LocalParameter) -> tuple[int, int]:
+    """The elements of a local part, which its data-parallel copies share out evenly, that are this rank's."""
+    at, grid, size = trainer.groups.coordinates, trainer.groups.grid, local.tensor.numel()
+    is_expert = local.parameter.kind == "expert"
     number, copies = (at.expert_data, grid.expert_data) if is_expert else (at.data, grid.data)
-    return part.last * number // copies, part.last * (number + 1) // copies
+    return size * number // copies, size * (number + 1) // copies
+
+
+def _frozen(trainer: "Trainer") -> Iterator[Piece]:
+    """The weights that no optimizer holds; they have neither masters nor moments."""
+    for local in trainer.parameters:
+        if local.tensor.requires_grad or not _is_first_copy(trainer, local):
+            continue
+        first, last = _equal_share(trainer, local)
+        if first < last:
+            weights = local.tensor.detach().view(-1)
+            yield Piece(_slice(WEIGHT, local, weights.dtype, first, last), weights[first:last])
 
 
 def _balance_biases(holder: WeightHolder) -> list[Piece]:

@@ -28,6 +28,9 @@ class Batch:
     num_micro_batches: int
 
 
+_OnDevice = tuple[Tensor, Tensor, Tensor | None]  # tokens, labels, weights of the losses: [b, s]
+
+
 @dataclass
 class Schedule:
     """Runs micro-batches through the pipeline. Losses appear on the last stage, None elsewhere."""
@@ -43,8 +46,8 @@ class Schedule:
         self._run = get_forward_backward_func(grid.pipeline, len(self.chunks) if len(self.chunks) > 1 else None)
 
     def losses(self, batch: Batch, *, engine: ScheduleEngine | None) -> Tensor | None:
-        """Language losses (mean nats a token): with `engine` [num_micro_batches], and gradients accumulate; without it
-        [num_micro_batches, b], of each sequence, and the pass is forward only."""
+        """Language losses (mean nats a token, or weighted sums): with `engine` [num_micro_batches], and gradients
+        accumulate; without it [num_micro_batches, b], of each sequence, and the pass is forward only."""
         results = self._call(batch, partial(_loss_step, engine=engine), forward_only=engine is None)
         return torch.stack(results) if results else None
 
@@ -69,13 +72,17 @@ class Schedule:
         ends = {id(chunk): batch.micro_batches for chunk in self.chunks if chunk.pre_process or chunk.post_process}
         return [self._to_device(ends.get(id(chunk), repeat(None))) for chunk in self.chunks]
 
-    def _to_device(self, micro_batches: Iterator[MicroBatch | None]) -> Iterator[tuple[Tensor, Tensor] | None]:
+    def _to_device(self, micro_batches: Iterator[MicroBatch | None]) -> Iterator[_OnDevice | None]:
         for each in micro_batches:
             if each is None:
                 yield None
                 continue
-            tokens, labels = (torch.from_numpy(np.ascontiguousarray(ids)) for ids in (each.tokens, each.labels))
-            yield tokens.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            arrays = (each.tokens, each.labels, each.weights)
+            tokens, labels, weights = (None if a is None else self._tensor_of(a) for a in arrays)
+            yield tokens, labels, weights
+
+    def _tensor_of(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
 
 @contextmanager
@@ -89,37 +96,43 @@ def _backward_timed() -> Iterator[None]:
         schedules.backward_step = usual
 
 
-def _forward(data: Iterator[Any], model: GPT, *, with_labels: bool) -> Tensor:
+def _forward(data: Iterator[Any], model: GPT, *, with_labels: bool) -> tuple[Tensor, Tensor | None]:
+    """The chunk's output, and the weights of losses [b, s], where they have some."""
     with phase("data"):
-        ids = next(data)
-    tokens, labels = ids if ids is not None else (None, None)
+        arrays = next(data)
+    tokens, labels, weights = arrays if arrays is not None else (None, None, None)
     with phase("forward"):
-        return model(tokens, None, None, labels=labels if with_labels and model.post_process else None)
+        return model(tokens, None, None, labels=labels if with_labels and model.post_process else None), weights
 
 
 def _loss_step(data: Iterator[Any], model: GPT, *, engine: ScheduleEngine | None) -> tuple[Tensor, Any]:
-    output = _forward(data, model, with_labels=True)
+    output, weights = _forward(data, model, with_labels=True)
     if engine is not None:
         engine.announce_backward(output)
-    return output, _mean_loss if engine is not None else _sequence_losses
+    return output, partial(_mean_loss if engine is not None else _sequence_losses, weights=weights)
 
 
 @phase("forward")
-def _mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_loss(losses: Tensor, *, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """losses [b, s] -> (what is differentiated, what is reported)."""
-    mean = losses.float().mean()
+    mean = losses.float().mean() if weights is None else _weighted(losses, weights).sum()
     return mean, mean.detach().clone()
 
 
 @phase("forward")
-def _sequence_losses(losses: Tensor) -> tuple[Tensor, Tensor]:
+def _sequence_losses(losses: Tensor, *, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """losses [b, s] -> (what nobody differentiates, what is reported)."""
-    by_sequence = losses.float().mean(dim=1)
+    by_sequence = losses.float().mean(dim=1) if weights is None else _weighted(losses, weights).sum(dim=1)
     return by_sequence.mean(), by_sequence
 
 
+def _weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """What does not count is left out whatever it is: on padding it may be no number in 16 bits."""
+    return losses.float().masked_fill(weights == 0, 0.0) * weights
+
+
 def _logits_step(data: Iterator[Any], model: GPT) -> tuple[Tensor, Any]:
-    return _forward(data, model, with_labels=False), lambda logits: (logits.sum() * 0.0, logits)
+    return _forward(data, model, with_labels=False)[0], lambda logits: (logits.sum() * 0.0, logits)
 
 
 @dataclass(frozen=True)

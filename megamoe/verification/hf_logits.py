@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ NOT_LOADED_WHOLE = 5
 
 def hf_logits(folder: Path, token_ids: np.ndarray, *, timeout_seconds: float = 3600.0) -> np.ndarray:
     """fp32 logits [n, s, V] of token ids int64 [n, s]; weights of another type are widened first.
+
+    Of a classifier, whose class answers at the last token alone, [n, 2, labels] at `answered` positions.
 
     Code in the folder is run only where it is megamoe's own, byte for byte. Raises ConversionError where transformers
     is not installed, cannot load the folder, or would fill in a weight.
@@ -58,10 +61,13 @@ def main(folder: str, ids_path: str, out_path: str, trust: str) -> int:
     """The process's side."""
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     except ImportError:
         return MISSING_TRANSFORMERS
-    model, info = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust == "trust", local_files_only=True)
+    is_classifier = config.architectures[0].endswith("ForSequenceClassification")
+    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model, info = auto.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=trust == "trust", output_loading_info=True, local_files_only=True
     )
     problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -72,9 +78,26 @@ def main(folder: str, ids_path: str, out_path: str, trust: str) -> int:
     model.eval()
     token_ids = torch.from_numpy(np.load(ids_path))
     with torch.no_grad():
-        logits = [model(row[None], use_cache=False).logits[0].float().numpy() for row in token_ids]
+        answers = _answers if is_classifier else _logits
+        logits = [answers(model, row).float().numpy() for row in token_ids]
     np.save(out_path, np.stack(logits))
     return 0
+
+
+def answered(seq_length: int) -> list[int]:
+    """The 0-based positions at which a classifier is asked: the last of half a sequence and of a whole one."""
+    return [max(seq_length // 2 - 1, 0), seq_length - 1]
+
+
+def _logits(model: Any, row: Any) -> Any:
+    return model(row[None], use_cache=False).logits[0]
+
+
+def _answers(model: Any, row: Any) -> Any:
+    import torch
+
+    model.config.pad_token_id = None  # the ids are drawn at random: none of them is padding
+    return torch.cat([model(row[None, : last + 1], use_cache=False).logits for last in answered(len(row))])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _FORWARD_ONLY = (
     "run.precision=fp32", "run.micro_batch_size=1", "run.device=cpu", "optimizer.name=sgd", "optimizer.momentum=0.0",
     "parallel.zero_stage=0", "parallel.recompute=none", "optimizer.expert_lr_scale=1.0",
+    "finetune.freeze=[]",
 )  # fmt: skip
 _ONE_RANK = (
     "parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1", "parallel.expert_parallel_size=1",

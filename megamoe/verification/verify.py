@@ -18,7 +18,7 @@ from megamoe.convert.hf_tables import from_hf_config, to_hf_config
 from megamoe.errors import ConversionError
 from megamoe.topology.parameters import num_parameters, param_table
 from megamoe.verification.compare import Agreement, compare_logits, fixed_token_ids
-from megamoe.verification.hf_logits import hf_logits
+from megamoe.verification.hf_logits import answered, hf_logits
 from megamoe.verification.own_logits import own_logits
 from megamoe.verification.windows import renamed, window_config, windows
 
@@ -81,6 +81,10 @@ def _compare(
 ) -> Agreement:
     theirs = hf_logits(folder, token_ids)
     ours = own_logits(checkpoint, token_ids, layers=layers, rounded_to=dtype)
+    with Checkpoint.open(checkpoint) as opened:
+        is_classifier = config_of(opened).model.num_labels > 0
+    if is_classifier:
+        return compare_logits(ours[:, answered(token_ids.shape[1])], theirs, what)
     # A folder may have fewer rows of the vocabulary than ours, which is padded; never more.
     return compare_logits(ours[..., : theirs.shape[-1]], theirs, what)
 

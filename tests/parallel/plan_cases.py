@@ -19,7 +19,7 @@ def random_configs(seed: int, world_size: int, count: int, **fixed: Any) -> list
         tree = _tree(draw, world_size)
         for key, value in fixed.items():
             section, name = key.split("__")
-            tree[section][name] = value
+            tree.setdefault(section, {})[name] = value
         try:
             config = Config.model_validate(tree)
             validate(config, world_size)

@@ -46,6 +46,7 @@ def _audit(config: Config) -> dict[str, Any]:
         _watch(trainer, moments)
         create_state(trainer.engine.basic_optimizer)  # as a first step would
         (batch,) = samples(config, 1)
+        batch %= config.model.num_labels or config.model.vocab_size  # a classifier is asked for a label everywhere
         recorder = Recorder()
         # It slows every operation down, and a rank alone has nobody to call.
         recording = recorder if dist.get_world_size() > 1 else nullcontext()

@@ -257,7 +257,7 @@ def test_what_may_differ_is_told_and_what_may_not_is_refused(tmp_path):
         "model, choose another run.dir, or set checkpoint.resume false"
     )
     assert found["optimizer"].startswith(
-        f"CheckpointError: {good} holds the state of another optimizer (optimizer.name adamw there, sgd here)"
+        f"CheckpointError: {good} holds the state of another training (optimizer.name adamw there, sgd here)"
     )
     assert found["changed"] == ("optimizer.lr 0.005 there, 0.25 here",)
     assert found["no_bias"] == ("moe.balance_bias_update_rate 0.01 there, 0.0 here",)

@@ -115,7 +115,8 @@ def is_moe(layer: int, moe: MoEConfig) -> bool:
 def forward(
     config: Config, weights: Weights, tokens: Tensor, num_slices: int = 1, biases: dict[int, Tensor] | None = None
 ) -> tuple[Tensor, dict[int, Mixed]]:
-    """Logits [b, s, V] in fp32 and what each MoE layer made, for tokens [b, s]; `biases` [E] by layer."""
+    """Logits [b, s, V], of a classifier [b, s, labels], in fp32, and what each MoE layer made, for tokens [b, s];
+    `biases` [E] by layer."""
     model, (b, s) = config.model, tokens.shape
     x = weights["embedding.weight"][tokens]
     if model.scale_embeddings:
@@ -137,7 +138,8 @@ def forward(
             x = x + mixed[i].output.view(s, b, -1).transpose(0, 1)
         else:
             x = x + feed_forward(h, weights, f"{layer}.ffn", model.activation)
-    head = weights["embedding.weight" if model.tie_embeddings else "output.weight"]
+    tied = "embedding.weight" if model.tie_embeddings else "output.weight"
+    head = weights["score.weight" if model.num_labels else tied]
     return F.linear(norm(x, weights, "final_norm", model), head).float(), mixed
 
 

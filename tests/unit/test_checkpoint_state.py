@@ -43,7 +43,7 @@ def test_layout_precision_and_schedule_are_free_and_told() -> None:
 
 def test_another_optimizer_is_refused_but_for_its_weights() -> None:
     saved, config = Config().model_dump(mode="json"), Config.model_validate({"optimizer": {"name": "sgd"}})
-    with pytest.raises(CheckpointError, match=r"another optimizer \(optimizer\.name adamw there, sgd here\)"):
+    with pytest.raises(CheckpointError, match=r"another training \(optimizer\.name adamw there, sgd here\)"):
         check_same_model(saved, config, Path("step_1"), with_optimizer=True)
     check_same_model(saved, config, Path("step_1"), with_optimizer=False)
 

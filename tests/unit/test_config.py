@@ -49,13 +49,13 @@ def config_file(tmp_path, monkeypatch):
         ),
         (
             "colours: {}",
-            'unknown key "colours" in CONFIG.yaml: the sections are model, moe, parallel, optimizer, data, checkpoint, '
-            "watchdog, monitor, guard, preflight, restart, run",
+            'unknown key "colours" in CONFIG.yaml: the sections are model, moe, parallel, optimizer, data, finetune, '
+            "checkpoint, watchdog, monitor, guard, preflight, restart, run",
         ),
         (
             "3: 4",
-            'unknown key "3" in CONFIG.yaml: the sections are model, moe, parallel, optimizer, data, checkpoint, '
-            "watchdog, monitor, guard, preflight, restart, run",
+            'unknown key "3" in CONFIG.yaml: the sections are model, moe, parallel, optimizer, data, finetune, '
+            "checkpoint, watchdog, monitor, guard, preflight, restart, run",
         ),
     ],
 )

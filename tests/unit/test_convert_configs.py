@@ -68,7 +68,7 @@ THEIRS_REFUSED = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("llama", {"quantization_config": {"bits": 4}}, "unknown quantization_config"),
     ("llama", {"sliding_window": 8}, "sliding_window 8"),
-    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not converted"),
+    ("llama", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is not converted"),
     ("llama", {"model_type": "mistral"}, "model_type 'mistral'"),
     ("llama", {"num_key_value_heads": 3}, "num_query_groups 3 does not divide"),
     ("llama", {"hidden_size": "wide"}, "hidden_size"),
@@ -314,7 +314,10 @@ def test_the_keys_of_the_custom_class() -> None:
         from_hf_config({**keys, "num_hidden_layers": 5})
     with pytest.raises(ConversionError, match="lacks rope_base"):
         from_hf_config({key: value for key, value in keys.items() if key != "rope_base"})
-    assert set(FAMILIES) - {custom.ARCHITECTURE} == {family.architecture for family in NATIVE}
+    kinds = {name.partition("For")[0] for name in FAMILIES}
+    assert kinds == {family.architecture.partition("For")[0] for family in (*NATIVE, custom.FAMILY)}
+    classifiers = {name for name, family in FAMILIES.items() if family.is_classifier}
+    assert classifiers == {f"{kind}ForSequenceClassification" for kind in kinds - {"XGLM", "Olmoe", "Ernie4_5_Moe"}}
 
 
 def test_a_shared_expert_of_ernie_is_one_of_ours() -> None:

@@ -62,7 +62,11 @@ MAY_IMPORT = {
                  "sinks", "watchdog"},
     "cli": {"errors", "arguments", "host_memory", "config", "topology", "launch", "training", "data", "checkpoint",
             "runs", "attempt_commands", "preflight_commands", "checkpoint_commands", "convert_commands",
-            "generate_commands", "plan_commands", "report_commands", "submit_commands", "surgery_commands"},
+            "generate_commands", "plan_commands", "report_commands", "submit_commands", "surgery_commands",
+            "finetune_commands", "train_start"},
+    "train_start": {"errors", "arguments", "host_memory", "config", "launch", "training", "runs", "attempt_commands"},
+    "finetune_commands": {"errors", "config", "topology", "data", "launch", "checkpoint", "runs", "training",
+                          "train_start"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -80,7 +84,7 @@ ENGINE_FILES = {
 TORCH_FREE = ("cli", "phases", "runs", "sinks", "watchdog", "attempt_commands", "preflight_commands", "config",
               "topology", "plan", "launch", "data", "checkpoint", "checkpoint_commands", "convert", "surgery",
               "surgery_commands", "convert_commands", "plan_commands", "pictures", "report", "report_commands",
-              "submit", "submit_commands", "generate_commands")
+              "submit", "submit_commands", "train_start", "finetune_commands", "generate_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 

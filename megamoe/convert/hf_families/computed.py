@@ -28,7 +28,8 @@ def computed(config: Config) -> dict[str, Any]:
         "position_embedding": model.position_embedding,
         "qk_norm": model.qk_norm,
         "use_bias": model.use_bias,
-        "tie_embeddings": model.tie_embeddings,
+        "num_labels": model.num_labels,
+        "tie_embeddings": model.tie_embeddings and not model.num_labels,  # a classifier has no output matrix
         "scale_embeddings": model.scale_embeddings,
         "experts of each MoE layer": experts,
     }

@@ -1,15 +1,17 @@
 """What the converter knows of one Hugging Face class, and what families share in reading and writing config.json."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megamoe.config.schema import Config, MoEConfig
 from megamoe.convert.hf_families.keys import Keys
 from megamoe.convert.hf_families.names import Names
+from megamoe.errors import ConversionError
 from megamoe.topology.parameters import experts_by_layer, moe_layers
 
 Tree = dict[str, dict[str, Any]]  # sections "model" and "moe" of our configuration
+_LANGUAGE_MODEL, _CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 _DIGITS = 12  # of coefficients that are multiplied on the way: enough for them, few enough to come back equal
 
 
@@ -30,6 +32,42 @@ class Family:
     write: Callable[[Config], dict[str, Any]]
     trained: Mapping[str, str] = field(default_factory=dict)  # our training-only settings it keeps: key -> theirs
     keeps_gate_order: bool = False
+    has_classifier: bool = True  # whether transformers has the class with a head in place of the output matrix
+    is_classifier: bool = False
+
+    def classifier(self) -> "Family":
+        """The class of the same model with a head of labels."""
+        name = self.architecture.replace(_LANGUAGE_MODEL, _CLASSIFIER)
+        return replace(self, architecture=name, is_classifier=True)
+
+    def all_refusals(self, config: Config) -> list[str]:
+        """`refusals`, and whether it is a language model or a classifier."""
+        if bool(config.model.num_labels) == self.is_classifier:
+            return self.refusals(config)
+        if self.is_classifier:
+            return ["model.num_labels 0: it is a classifier"]
+        why = "a language model" + ("" if self.has_classifier else ", and transformers has no classifier of its kind")
+        return [f"model.num_labels {config.model.num_labels}: it is {why}", *self.refusals(config)]
+
+    def read_labels(self, their_config: Mapping[str, Any]) -> list[str]:
+        """The names of a classifier's classes, in order. Raises ConversionError where they are not numbered from 0."""
+        names = their_config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # two, where none are written
+        try:
+            return [names[str(number)] for number in range(len(names))]
+        except KeyError:
+            raise ConversionError(
+                f"config.json of {self.architecture}: id2label has the numbers {', '.join(names)}: they must count "
+                "from 0"
+            ) from None
+
+    def write_labels(self, config: Config) -> dict[str, Any]:
+        """The keys of a classifier beside those of its model."""
+        names = config.finetune.labels or [f"LABEL_{number}" for number in range(config.model.num_labels)]
+        return {
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+        }
 
 
 def uniform_experts(config: Config) -> int | None:

@@ -53,6 +53,7 @@ class Kin:
     writes_head_dim: bool = False
     free_head_dim: bool = True  # else hidden_size / num_attention_heads
     has_attention_dropout: bool = True
+    has_classifier: bool = True
     constant: tuple[tuple[str, Any], ...] = ()  # keys with the one value that we can express
 
     def family(self) -> Family:
@@ -63,8 +64,9 @@ class Kin:
         reads = (partial(function, self) for function in (_read, _refusals, _write))
         read, refusals, write = reads
         return Family(
-            self.architecture, self.model_type, self.defaults, lambda config: self.names, read, refusals, write, trained
-        )
+            self.architecture, self.model_type, self.defaults, lambda config: self.names, read, refusals, write,
+            trained, has_classifier=self.has_classifier,
+        )  # fmt: skip
 
 
 def _read(kin: Kin, keys: Keys) -> Tree:
@@ -306,7 +308,7 @@ OLMOE = Kin(
     _defaults(50_304, 2048, 2048, 16, 16, None, 4096, rms_norm_eps=1e-5, attention_bias=False, clip_qkv=None,
               num_experts=64, num_experts_per_tok=8, norm_topk_prob=False, router_aux_loss_coef=0.01),
     names.QWEN_MOE, experts=Experts(PLACEMENTS["every layer"]), qk_norm="full", bias_keys=("attention_bias",),
-    free_head_dim=False, constant=(("clip_qkv", None),),
+    free_head_dim=False, constant=(("clip_qkv", None),), has_classifier=False,
 )  # fmt: skip
 QWEN3_MOE = Kin(
     "Qwen3MoeForCausalLM", "qwen3_moe",
@@ -326,7 +328,7 @@ ERNIE_MOE = Kin(
     experts=Experts(PLACEMENTS["interval"], ("moe_num_experts", "num_experts", "num_local_experts"),
                     ("moe_k", "num_experts_per_tok"), "moe_intermediate_size", always_normalizes=True,
                     num_shared="moe_num_shared_experts", norm_min="moe_norm_min"),
-    bias_keys=("use_bias",), has_attention_dropout=False,
+    bias_keys=("use_bias",), has_attention_dropout=False, has_classifier=False,
 )  # fmt: skip
 
 FAMILIES = tuple(kin.family() for kin in (LLAMA, QWEN3, MIXTRAL, OLMOE, QWEN3_MOE, ERNIE_MOE))

@@ -49,6 +49,7 @@ class Names:
     final_norm: str = "model.norm"
     embedding: str = "model.embed_tokens.weight"
     output: str = "lm_head.weight"
+    head: str = "score.weight"  # of a classifier
     interleaved_rope: bool = False  # pairs (2i, 2i + 1) turn together; ours are (i, i + head_dim / 2)
 
 

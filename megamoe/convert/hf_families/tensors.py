@@ -8,7 +8,7 @@ from megamoe.config.schema import Config
 from megamoe.convert.hf_families.names import FfnNames, Names
 from megamoe.convert.links import WEIGHT, Constant, Duplicate, Link, Ours, Padding
 from megamoe.errors import ConversionError
-from megamoe.topology.parameters import dimensions, experts_by_layer, padded_vocab_size, param_table
+from megamoe.topology.parameters import HEAD, dimensions, experts_by_layer, padded_vocab_size, param_table
 
 BALANCE_BIAS = "balance_bias"
 
@@ -77,7 +77,9 @@ def _vocabulary(tables: Tables, config: Config, names: Names, their_vocab: int, 
             f"{their_vocab}: give one between the two"
         )
     pairs = [("embedding.weight", names.embedding)]
-    if not config.model.tie_embeddings:
+    if config.model.num_labels:
+        tables.join(HEAD, (), names.head)
+    elif not config.model.tie_embeddings:
         pairs.append(("output.weight", names.output))
     elif names.output in stored:
         tables.theirs[names.output] = (their_vocab, size)

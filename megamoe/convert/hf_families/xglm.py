@@ -106,4 +106,5 @@ def _write(config: Config) -> dict[str, Any]:
 FAMILY = Family(
     "XGLMForCausalLM", "xglm", _DEFAULTS, lambda config: NAMES, _read, _refusals, _write,
     trained={"model.hidden_dropout": "dropout", "model.attention_dropout": "attention_dropout"},
+    has_classifier=False,
 )  # fmt: skip

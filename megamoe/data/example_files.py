@@ -1,0 +1,137 @@
+"""JSON Lines files of a task's examples, one object a line. No tokens here.
+
+{"text": …, "label": …} for classification; {"prompt": …, "completion": …} or {"text": …} for a language model. Keys
+besides are left alone, as are empty lines.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamoe.config.schema import Config
+from megamoe.errors import DataError
+
+_SHOWN_LABELS = 12
+
+
+@dataclass(frozen=True)
+class Record:
+    """An example as it was read. `where`: file and line. `text`: what follows the prompt. `label`: a class's number."""
+
+    where: str
+    prompt: str
+    text: str
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many examples files hold, and the labels in them: names in alphabetical order, or numbers up to the largest
+    as texts; none where no line has one."""
+
+    num_examples: int
+    labels: tuple[str, ...]
+    are_numbers: bool
+
+
+def read_records(paths: Sequence[str], config: Config) -> Iterator[Record]:
+    """Every example of the files, in order. Raises DataError, naming file and line, for what is none of the task."""
+    if config.finetune.objective != "classification":
+        for where, tree in _objects(paths):
+            yield _of_language_model(where, tree)
+        return
+    numbers = {name: number for number, name in enumerate(config.finetune.labels)}
+    for where, tree in _objects(paths):
+        text = _text(where, tree, "text")
+        yield Record(where, "", text, _number_of(where, tree, numbers, config.model.num_labels))
+
+
+def summarize(paths: Sequence[str]) -> Summary:
+    """Count the examples and collect their labels. Raises DataError for files that cannot be read, or hold none."""
+    count, found = 0, set()
+    for where, tree in _objects(paths):
+        count += 1
+        if "label" in tree:
+            found.add(_label(where, tree))
+    are_numbers = bool(found) and all(isinstance(label, int) for label in found)
+    if are_numbers:
+        return Summary(count, tuple(str(number) for number in range(max(found) + 1)), True)
+    return Summary(count, tuple(sorted(str(label) for label in found)), False)
+
+
+def _objects(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, object) of every line that is not empty."""
+    for path in paths:
+        is_empty = True
+        try:
+            with Path(path).open(encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        is_empty = False
+                        yield f"{path}, line {number}", _object(f"{path}, line {number}", line)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path} is not a text file in UTF-8: give a JSON Lines file") from None
+        if is_empty:
+            raise DataError(f"{path} holds no examples: write one JSON object a line")
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON ({error}): write one JSON object a line") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{where} is no JSON object: write one JSON object a line")
+    return tree
+
+
+def _text(where: str, tree: dict[str, Any], key: str) -> str:
+    if key not in tree:
+        raise DataError(f'{where} has no "{key}": its keys are {", ".join(tree) or "none"}')
+    if not isinstance(tree[key], str):
+        raise DataError(f'{where}: "{key}" is {json.dumps(tree[key])[:80]}: it must be text')
+    return tree[key]
+
+
+def _of_language_model(where: str, tree: dict[str, Any]) -> Record:
+    if "prompt" not in tree and "completion" not in tree:
+        if "text" not in tree:
+            keys = ", ".join(tree) or "none"
+            raise DataError(f'{where} has neither "text" nor "prompt" and "completion": its keys are {keys}')
+        return Record(where, "", _filled(where, tree, "text"), None)
+    return Record(where, _text(where, tree, "prompt"), _filled(where, tree, "completion"), None)
+
+
+def _filled(where: str, tree: dict[str, Any], key: str) -> str:
+    text = _text(where, tree, key)
+    if not text:
+        raise DataError(f'{where}: "{key}" is empty: there is nothing to learn')
+    return text
+
+
+def _label(where: str, tree: dict[str, Any]) -> int | str:
+    if "label" not in tree:
+        raise DataError(f'{where} has no "label": its keys are {", ".join(tree) or "none"}')
+    label = tree["label"]
+    if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
+        raise DataError(f'{where}: "label" is {json.dumps(label)[:80]}: it must be a name, or a number from 0')
+    return label
+
+
+def _number_of(where: str, tree: dict[str, Any], numbers: dict[str, int], num_labels: int) -> int:
+    label = _label(where, tree)
+    if numbers:
+        if str(label) in numbers:
+            return numbers[str(label)]
+        known = [*numbers][:_SHOWN_LABELS] + (["…"] if len(numbers) > _SHOWN_LABELS else [])
+        raise DataError(f'{where}: the label "{label}" is unknown: finetune.labels names {", ".join(known)}')
+    if isinstance(label, str) or label >= num_labels:
+        raise DataError(
+            f"{where}: the label {json.dumps(label)} is not a number from 0 to {num_labels - 1} (model.num_labels "
+            f"{num_labels}): mend the file, or name the classes in finetune.labels"
+        )
+    return label
