@@ -19,6 +19,7 @@ from megamoe.convert_commands import add_convert_commands
 from megamoe.errors import MegamoeError
 from megamoe.plan_commands import add_plan_commands
 from megamoe.preflight_commands import add_preflight_commands
+from megamoe.prime_commands import add_prime_commands
 from megamoe.report_commands import add_report_commands
 from megamoe.submit_commands import add_submit_commands
 from megamoe.surgery_commands import add_surgery_commands
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     add_checkpoint_commands(commands)
     add_convert_commands(commands)
     add_surgery_commands(commands)
+    add_prime_commands(commands)
     add_report_commands(commands)
     return parser
 

@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "verification": {"errors", "config", "topology", "data", "launch", "checkpoint", "convert", "training"},
     "inference": {"errors", "host_memory", "config", "topology", "launch", "checkpoint", "convert", "model", "moe",
                   "training"},
+    "priming": {"errors", "progress", "config", "data", "checkpoint", "runs", "model", "inference"},
+    "prime_commands": {"errors", "arguments", "config", "data", "inference", "priming"},
     "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
     "hf": set(),
@@ -60,7 +62,7 @@ MAY_IMPORT = {
                  "sinks", "watchdog"},
     "cli": {"errors", "arguments", "host_memory", "config", "topology", "launch", "training", "data", "checkpoint",
             "runs", "attempt_commands", "preflight_commands", "checkpoint_commands", "convert_commands",
-            "plan_commands", "report_commands", "submit_commands", "surgery_commands"},
+            "plan_commands", "prime_commands", "report_commands", "submit_commands", "surgery_commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -77,8 +79,8 @@ ENGINE_FILES = {
 # Law 5: importing these must not bring torch in, nor anything that imports torch.
 TORCH_FREE = ("cli", "phases", "runs", "sinks", "watchdog", "attempt_commands", "preflight_commands", "config",
               "topology", "plan", "launch", "data", "checkpoint", "checkpoint_commands", "convert", "surgery",
-              "surgery_commands", "convert_commands", "plan_commands", "pictures", "report", "report_commands",
-              "submit", "submit_commands")
+              "surgery_commands", "convert_commands", "plan_commands", "pictures", "prime_commands", "report",
+              "report_commands", "submit", "submit_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 
