@@ -68,8 +68,8 @@ def add_prime_commands(commands: Any) -> None:
 def _prime(options: argparse.Namespace) -> int:
     from megamoe.inference.launching import compute_on_ranks
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.priming.prompts import check
     from megamoe.priming.results import check_writable, model_identity
-    from megamoe.priming.settings import check
 
     if options.write_lm_eval is not None:
         return _write_lm_eval(options)
@@ -78,7 +78,7 @@ def _prime(options: argparse.Namespace) -> int:
         settings = _settings(options)
         config = _config(checkpoint, options, num_ranks)
         check_writable(options.out, options.samples)
-        check(settings)
+        check(settings, config)
         paths = {name: _absolute(getattr(options, name)) for name in ("out", "samples")}
         return config, paths | {
             "checkpoint": str(checkpoint.resolve()), "source": str(options.model), "model": model_identity(checkpoint),

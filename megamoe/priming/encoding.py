@@ -80,10 +80,12 @@ def make_prompt(
     num_cut = 0
     if longest > max_tokens:
         if too_long != "cut":
-            rest = "" if too_long == "drop-shots" else f" with {len(shots)} shots"
-            remedy = "--too-long cut cuts its beginning off"
+            with_shots = too_long == "refuse" and len(shots) > 0
+            rest = f" with {len(shots)} shots" if with_shots else ""
+            remedy = "drop-shots leaves shots out" if with_shots else "cut cuts its beginning off"
             raise DataError(
-                f"{example.where}: {longest} tokens{rest} do not fit into the model's {max_tokens}; {remedy}"
+                f"{example.where}: {longest} tokens{rest} do not fit into the model's {max_tokens}; "
+                f"--too-long {remedy}"
             )
         num_cut = sum(len(text.tokens) - 1 > max_tokens for text in texts)
         texts = tuple(_cut(text, max_tokens, example.where) for text in texts)

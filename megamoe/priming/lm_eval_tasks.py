@@ -12,12 +12,11 @@ from typing import Any
 import yaml
 
 from megamoe.config.schema import Config
-from megamoe.data.tokenizers import build_tokenizer
 from megamoe.errors import ConfigError, DataError, OutputError
-from megamoe.priming.encoding import Encoder, Prompt, make_prompt
+from megamoe.priming.encoding import Encoder, Prompt
 from megamoe.priming.examples import Example
+from megamoe.priming.prompts import Prompter
 from megamoe.priming.settings import LocatedTask, PrimingSettings
-from megamoe.priming.shots import draw_shots
 from megamoe.priming.tasks import Task
 
 MEAN_MODULE = "mean_after_prefix"
@@ -80,20 +79,16 @@ def _written(
     if task.score == "sum_minus_unconditional":
         raise ConfigError(f"task {task.name}: lm_eval has no score against the choice after an unconditional text")
     examples, pool = settings.load(located)
-    encoder = Encoder(build_tokenizer(config.data.tokenizer), task.newlines, task.document_start)
+    prompter = Prompter(settings, task, config, pool)
     found = []
     for num_shots in settings.shots:
         for draw in range(settings.num_draws if num_shots else 1):
             name = f"{task.name}_{num_shots}shot" + (f"_draw{draw}" if num_shots else "")
             docs = []
             for number, example in enumerate(examples):
-                drawn = draw_shots(pool, example, num_shots, seed=settings.seed, draw=draw, number=number)
-                shots = [shot.shot for shot in drawn]
-                prompt = make_prompt(
-                    encoder, task.score, example, shots, max_tokens=config.model.seq_length,
-                    too_long=settings.too_long,
-                )  # fmt: skip
-                docs.append(_doc(task, encoder, example, prompt, shots[prompt.num_dropped_shots :]))
+                shots = prompter.shots(example, number, num_shots, draw)
+                prompt = prompter.prompt(example, shots)
+                docs.append(_doc(task, prompter.encoder, example, prompt, shots[prompt.num_dropped_shots :]))
             if any(len(doc["correct"]) > 1 for doc in docs):
                 for doc in docs:
                     doc["label"] = doc["correct"]

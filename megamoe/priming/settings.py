@@ -67,15 +67,6 @@ class PrimingSettings:
         return load_examples(located.task, located.folder, limit=self.limit), pool
 
 
-def check(settings: PrimingSettings) -> None:
-    """Read all data before any model is loaded. Raises DataError naming the line, ConfigError."""
-    names = [each.task.name for each in settings.tasks]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"two tasks are named {twice}: give one of them another name")
-    for located in settings.tasks:
-        settings.load(located)
-
-
 def parse_shots(text: str) -> tuple[int, ...]:
     """ "0,1,4" -> (0, 1, 4). Raises ValueError."""
     found = tuple(int(word) for word in text.split(",") if word.strip().isdecimal())

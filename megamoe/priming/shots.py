@@ -1,6 +1,7 @@
 """Which examples are shown before an example: the same by (seed, draw, example), whatever the ranks and batches."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from megamoe.errors import ConfigError
@@ -28,7 +29,19 @@ def draw_shots(
             if pool[place].texts != example.texts:
                 chosen.append(pool[place])
     if len(chosen) < num_shots:
-        raise ConfigError(
-            f"{num_shots} shots cannot be drawn for {example.where}: its train file has {len(chosen)} other examples"
-        )
+        raise _too_few(example, num_shots, len(chosen))
     return chosen
+
+
+def check_pool(pool: Sequence[Example], examples: Sequence[Example], num_shots: int) -> None:
+    """Raises ConfigError where so many shots cannot be drawn for one of the examples."""
+    counts = Counter(each.texts for each in pool)
+    for example in examples if num_shots else ():
+        if len(pool) - counts[example.texts] < num_shots:
+            raise _too_few(example, num_shots, len(pool) - counts[example.texts])
+
+
+def _too_few(example: Example, num_shots: int, num_others: int) -> ConfigError:
+    return ConfigError(
+        f"{num_shots} shots cannot be drawn for {example.where}: its train file has {num_others} other examples"
+    )

@@ -19,14 +19,14 @@ from megamoe.data.tokenizers import build_tokenizer
 from megamoe.errors import DataError
 from megamoe.inference.model import ForwardModel
 from megamoe.priming.batching import families
-from megamoe.priming.encoding import Encoder, Prompt, make_prompt
+from megamoe.priming.encoding import Prompt
 from megamoe.priming.examples import Example
 from megamoe.priming.metrics import choice_scores, judge
+from megamoe.priming.prompts import Prompter
 from megamoe.priming.report import finish
 from megamoe.priming.results import Part, read_parts, write_part
 from megamoe.priming.scoring import log_probabilities
 from megamoe.priming.settings import LocatedTask, PrimingSettings, windows
-from megamoe.priming.shots import draw_shots
 from megamoe.priming.tasks import Task
 from megamoe.progress import StatusLine
 
@@ -110,22 +110,16 @@ def compute_part(
     on_done: Callable[[float], None] = _say_nothing,
 ) -> dict[str, Any]:
     """Score every example once. Collective over all ranks."""
-    config, found = model.config, []
-    encoder = Encoder(build_tokenizer(config.data.tokenizer), task.newlines, task.document_start)
+    found: list[dict[str, Any]] = []
+    prompter = Prompter(settings, task, model.config, pool)
     counts = {"num_dropped_shots": 0, "num_cut_texts": 0, "num_prompt_tokens": 0, "num_not_finite": 0}
     for first, window in windows(examples, WINDOW):
-        prompts = []
-        for number, example in enumerate(window, start=first):
-            shots = draw_shots(pool, example, part.num_shots, seed=settings.seed, draw=part.draw, number=number)
-            prompts.append(
-                make_prompt(
-                    encoder, task.score, example, [shot.shot for shot in shots],
-                    max_tokens=config.model.seq_length, too_long=settings.too_long,
-                )
-            )  # fmt: skip
-        sums = log_probabilities(
-            model, families(prompts), batch_size=config.run.micro_batch_size, on_done=_by_examples(task, on_done)
-        )
+        prompts = [
+            prompter.prompt(example, prompter.shots(example, number, part.num_shots, part.draw))
+            for number, example in enumerate(window, start=first)
+        ]
+        size = model.config.run.micro_batch_size
+        sums = log_probabilities(model, families(prompts), batch_size=size, on_done=_by_examples(task, on_done))
         found += _judged(task, window, prompts, sums, first, counts)
     return counts | {"examples": found}
 

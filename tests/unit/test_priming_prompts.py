@@ -117,7 +117,8 @@ def test_what_does_not_fit_is_refused_or_cut():
     assert str(error.value) == (
         "f, line 1: 13 tokens do not fit into the model's 6; --too-long cut cuts its beginning off"
     )
-    with pytest.raises(DataError, match="15 tokens with 1 shots do not fit into the model's 13; --too-long cut"):
+    said = "15 tokens with 1 shots do not fit into the model's 13; --too-long drop-shots leaves shots out"
+    with pytest.raises(DataError, match=said):
         prompt("mean_after_prefix", "A question ", ["x", "yz"], shots=["s"], room=13, too_long="refuse")
     found = prompt("mean_after_prefix", "A question ", ["x", "yz"], shots=["s"], room=6, too_long="cut")
     assert [text.tokens for text in found.texts] == [ids("stion x"[-7:]), ids("tion yz")]
