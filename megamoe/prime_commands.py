@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamoe.arguments import positive
-from megamoe.errors import ConfigError
+from megamoe.errors import ConfigError, MegamoeError
 
 if TYPE_CHECKING:
     from megamoe.config.schema import Config
@@ -68,6 +68,7 @@ def add_prime_commands(commands: Any) -> None:
 def _prime(options: argparse.Namespace) -> int:
     from megamoe.inference.launching import compute_on_ranks
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.launch.environment import rank_environment
     from megamoe.priming.prompts import check
     from megamoe.priming.results import check_writable, model_identity
 
@@ -85,8 +86,13 @@ def _prime(options: argparse.Namespace) -> int:
             "settings": settings.to_tree(), "json": options.json, "num_ranks": num_ranks,
         }  # fmt: skip
 
-    with model_checkpoint(options.model, scratch=options.scratch) as checkpoint:
-        return compute_on_ranks("megamoe.priming.worker:run_rank", prepare, local_ranks=options.local_ranks)
+    try:
+        with model_checkpoint(options.model, scratch=options.scratch) as checkpoint:
+            return compute_on_ranks("megamoe.priming.worker:run_rank", prepare, local_ranks=options.local_ranks)
+    except MegamoeError as error:
+        if rank_environment().rank == 0:
+            raise
+        return error.exit_code  # every rank finds the same: one says it
 
 
 def _write_lm_eval(options: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "inference": {"errors", "host_memory", "config", "topology", "launch", "checkpoint", "convert", "model", "moe",
                   "training"},
     "priming": {"errors", "progress", "config", "data", "checkpoint", "runs", "model", "inference"},
-    "prime_commands": {"errors", "arguments", "config", "data", "inference", "priming"},
+    "prime_commands": {"errors", "arguments", "config", "data", "launch", "inference", "priming"},
     "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
     "hf": set(),
