@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=["megamoe", "megamoe.*"]),
     package_data={
         "megamoe.plan": ["*.yaml", "clusters/*.yaml"],
+        "megamoe.priming": ["tasks/*.yaml"],
         "megamoe.report": ["*.css", "*.js"],
         "megamoe.submit": ["job.sbatch"],
     },
@@ -39,9 +40,11 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.15"],  # for monitor.tensorboard
         "hf": ["transformers>=5.0"],  # to verify conversions, and for `import megamoe.hf`
+        "eval": ["lm_eval[hf]>=0.4.9"],  # to score an exported model on what `megamoe prime --write-lm-eval` writes
         "report": ["matplotlib>=3.8"],  # for the PNGs of `megamoe report`; its page needs nothing
         "dev": [
             "hypothesis>=6.100",
+            "lm_eval[hf]>=0.4.9",
             "matplotlib>=3.8",
             "mypy>=1.10",
             "pytest>=8.0",

@@ -21,6 +21,7 @@ from megamoe.finetune_commands import add_finetune_commands
 from megamoe.generate_commands import add_generate_commands
 from megamoe.plan_commands import add_plan_commands
 from megamoe.preflight_commands import add_preflight_commands
+from megamoe.prime_commands import add_prime_commands
 from megamoe.report_commands import add_report_commands
 from megamoe.submit_commands import add_submit_commands
 from megamoe.surgery_commands import add_surgery_commands
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add_checkpoint_commands(commands)
     add_convert_commands(commands)
     add_surgery_commands(commands)
+    add_prime_commands(commands)
     add_report_commands(commands)
     add_generate_commands(commands)
     return parser

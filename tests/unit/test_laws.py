@@ -41,6 +41,8 @@ MAY_IMPORT = {
                   "training"},
     "generation": {"errors", "config", "data", "inference"},
     "generate_commands": {"errors", "arguments", "data", "inference", "generation"},
+    "priming": {"errors", "progress", "config", "data", "checkpoint", "runs", "model", "inference"},
+    "prime_commands": {"errors", "arguments", "config", "data", "launch", "inference", "priming"},
     "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
     "hf": set(),
@@ -63,7 +65,7 @@ MAY_IMPORT = {
     "cli": {"errors", "arguments", "host_memory", "config", "topology", "launch", "training", "data", "checkpoint",
             "runs", "attempt_commands", "preflight_commands", "checkpoint_commands", "convert_commands",
             "generate_commands", "plan_commands", "report_commands", "submit_commands", "surgery_commands",
-            "finetune_commands", "train_start"},
+            "finetune_commands", "prime_commands", "train_start"},
     "train_start": {"errors", "arguments", "host_memory", "config", "launch", "training", "runs", "attempt_commands"},
     "finetune_commands": {"errors", "config", "topology", "data", "launch", "checkpoint", "runs", "training",
                           "train_start"},
@@ -84,7 +86,8 @@ ENGINE_FILES = {
 TORCH_FREE = ("cli", "phases", "runs", "sinks", "watchdog", "attempt_commands", "preflight_commands", "config",
               "topology", "plan", "launch", "data", "checkpoint", "checkpoint_commands", "convert", "surgery",
               "surgery_commands", "convert_commands", "plan_commands", "pictures", "report", "report_commands",
-              "submit", "submit_commands", "train_start", "finetune_commands", "generate_commands")
+              "submit", "submit_commands", "train_start", "finetune_commands", "generate_commands",
+              "prime_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 

@@ -1,0 +1,106 @@
+"""What a priming leaves on disk: parts as they are done, from which a rerun goes on, and the result. No torch."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamoe.checkpoint.reader import Checkpoint
+from megamoe.errors import OutputError
+from megamoe.runs.json_lines import append_json_line, read_json_lines
+
+FORMAT = "megamoe-priming-1"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pass over a task's examples. `identity` stands for all that its numbers depend on."""
+
+    task: str
+    num_shots: int
+    draw: int
+    identity: str
+
+    @property
+    def key(self) -> tuple[str, int, int, str]:
+        return self.task, self.num_shots, self.draw, self.identity
+
+
+def model_identity(checkpoint: Path) -> dict[str, Any]:
+    """Step, and a digest of the model's settings and weights, the same wherever the checkpoint lies."""
+    with Checkpoint.open(checkpoint) as opened:
+        manifest = opened.manifest
+    weights = [
+        [entry.name, entry.dtype, entry.shape, [[s.box, s.first, s.last, s.checksums] for s in entry.slices]]
+        for entry in manifest.tensors.values()
+        if entry.kind in ("weight", "balance_bias")
+    ]
+    settings = {key: manifest.config[key] for key in ("model", "moe")}
+    return {"step": manifest.step, "digest": digest([settings, weights])}
+
+
+def digest(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def parts_path(out: Path) -> Path:
+    """Where the parts of a result lie."""
+    return out.with_name(out.name + ".parts.jsonl")
+
+
+def read_parts(out: Path | None) -> dict[tuple[str, int, int, str], dict[str, Any]]:
+    """Parts that are done, by key; torn lines, and parts of something else, do no harm."""
+    found = {}
+    for line in [] if out is None else read_json_lines(parts_path(out)):
+        if {"task", "num_shots", "draw", "identity", "examples"} <= line.keys():
+            found[line["task"], line["num_shots"], line["draw"], line["identity"]] = line
+    return found
+
+
+def write_part(out: Path | None, part: Part, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Append a part; returns it as it will be read. Raises OutputError."""
+    line = {
+        "task": part.task, "num_shots": part.num_shots, "draw": part.draw, "identity": part.identity, **content
+    }  # fmt: skip
+    if out is not None:
+        try:
+            append_json_line(parts_path(out), line, durable=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {parts_path(out)}: {error.strerror or error}") from None
+    return json.loads(json.dumps(line))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """As one act: readers see the old or the new content. Raises OutputError."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Before hours of work. Raises OutputError where a folder is missing or cannot be written."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder")
+        if not path.parent.is_dir():
+            raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise OutputError(f"cannot write {path}: the folder {path.parent} is read-only")
+
+
+def sample_lines(parts: Sequence[Mapping[str, Any]]) -> str:
+    """A line an example: task, shots, draw, where it stands, the scores of its choices, prediction, right ones."""
+    lines = []
+    for part in parts:
+        head = {key: part[key] for key in ("task", "num_shots", "draw")}
+        lines += [json.dumps(head | example, ensure_ascii=False) for example in part["examples"]]
+    return "".join(f"{line}\n" for line in lines)
