@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "verification": {"errors", "config", "topology", "data", "launch", "checkpoint", "convert", "training"},
     "inference": {"errors", "host_memory", "config", "topology", "launch", "checkpoint", "convert", "model", "moe",
                   "training"},
+    "evaluation": {"errors", "progress", "config", "topology", "data", "checkpoint", "inference", "training"},
+    "evaluate_commands": {"errors", "arguments", "config", "launch", "inference", "evaluation"},
     "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
     "hf": set(),
@@ -60,7 +62,7 @@ MAY_IMPORT = {
                  "sinks", "watchdog"},
     "cli": {"errors", "arguments", "host_memory", "config", "topology", "launch", "training", "data", "checkpoint",
             "runs", "attempt_commands", "preflight_commands", "checkpoint_commands", "convert_commands",
-            "plan_commands", "report_commands", "submit_commands", "surgery_commands"},
+            "plan_commands", "report_commands", "submit_commands", "surgery_commands", "evaluate_commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -78,7 +80,7 @@ ENGINE_FILES = {
 TORCH_FREE = ("cli", "phases", "runs", "sinks", "watchdog", "attempt_commands", "preflight_commands", "config",
               "topology", "plan", "launch", "data", "checkpoint", "checkpoint_commands", "convert", "surgery",
               "surgery_commands", "convert_commands", "plan_commands", "pictures", "report", "report_commands",
-              "submit", "submit_commands")
+              "submit", "submit_commands", "evaluate_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 
