@@ -26,6 +26,7 @@ from megamoe.evaluation.sets import EvaluationSet, TextSet
 from megamoe.evaluation.sums import Sums, set_result
 from megamoe.inference.model import ForwardModel, build_forward_model
 from megamoe.inference.settings import forward_config
+from megamoe.model import token_nats as token_nats_module
 from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
 from megamoe.training.held_out import held_out
 from megamoe.training.restore import load_weights
@@ -138,6 +139,8 @@ def validation(size: int, root: str, checkpoint: Path) -> dict[str, Any]:
 
 def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
+    for constant, value in (("FEWEST_ROWS", 5), ("LOGIT_BYTES", 1), ("CACHE_BYTES", 3 * 4 * VOCAB)):
+        setattr(token_nats_module, constant, value)  # many pieces, the last one smaller
     for name in MODELS:
         checkpoint = checkpoints_path(Path(root) / name / "run") / checkpoint_name(0)
         for layout, settings in layouts_of(name, size).items():
