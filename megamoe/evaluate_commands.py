@@ -7,6 +7,7 @@ goes to stderr.
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,7 @@ def _prepare(
     options: argparse.Namespace, folders: Sequence[Path], num_ranks: int
 ) -> tuple["Config", Mapping[str, Any]]:
     """The ranks' configuration and their payload. All that can be refused without a rank is refused here."""
+    from megamoe.evaluation.corpora import check_sets
     from megamoe.evaluation.plan import header, model_identity, taken_up
     from megamoe.evaluation.results import Results
     from megamoe.evaluation.sets import read_sets, settled_sets, single_text
@@ -125,6 +127,7 @@ def _prepare(
         found, seq_length=config.model.seq_length, reading=options.reading, context_tokens=options.context,
         stride_tokens=options.stride,
     )  # fmt: skip
+    notes = check_sets(texts, tokenizer=config.data.tokenizer, vocab_size=config.model.vocab_size)
     environment = rank_environment()
     here = options.local_ranks or environment.local_world_size
     if options.out is None and here < num_ranks and any(text.settings.format != "indexed" for text in texts):
@@ -138,6 +141,8 @@ def _prepare(
     )  # fmt: skip
     if results.is_complete:
         raise _NothingToDo(results.tree)
+    for note in notes if environment.rank == 0 else ():
+        print(f"megamoe: note: {note}", file=sys.stderr)
     if options.out is not None and environment.rank == 0:
         results.write(options.out)
     return config, {

@@ -187,6 +187,12 @@ def test_what_cannot_be_is_said_in_one_sentence(site, whole, capsys, monkeypatch
     assert said("run", *text, "--out", "whole.json").startswith(
         "whole.json holds results of another evaluation: the sets differ (2 there, 1 here): add --overwrite"
     )
+    assert said("run", *text, "data.tokenizer.kind=gpt2_bpe") == (
+        "data.tokenizer.kind gpt2_bpe needs data.tokenizer.path: give a folder with vocab.json and merges.txt"
+    )
+    (site / "torn.idx").write_bytes(b"MMIDIDX\0\0")
+    (site / "torn.bin").write_bytes(b"")
+    assert said("run", "--text", "torn") == "torn.idx is truncated: its header is 34 bytes, it ends at byte 9"
     assert said("hf", *text, "--every").startswith("hf is no run's folder with checkpoints")
     assert said("run", *text, "--steps", "3") == "run has no checkpoint of step 3: it has those of steps 0"
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff")
