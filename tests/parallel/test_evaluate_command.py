@@ -91,7 +91,7 @@ def test_a_killed_evaluation_ends_with_the_same_numbers_to_the_bit(site, whole, 
     command = ("run", "--sets", "sets.yaml", "--out", "killed.json", "--save-interval", "0")
     process = started(site, *command)
     give_up = time.monotonic() + TIMEOUT_SECONDS
-    while not (out.exists() and '"next_unit": ' in out.read_text().partition('"two"')[2]):
+    while not (out.exists() and "progress" in json.loads(out.read_text())["models"][0]["sets"][1]):
         assert time.monotonic() < give_up and process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.kill()
