@@ -17,6 +17,7 @@ from megamoe.attempt_commands import add_attempt_commands, train_again
 from megamoe.checkpoint_commands import add_checkpoint_commands
 from megamoe.convert_commands import add_convert_commands
 from megamoe.errors import MegamoeError
+from megamoe.evaluate_commands import add_evaluate_commands
 from megamoe.generate_commands import add_generate_commands
 from megamoe.plan_commands import add_plan_commands
 from megamoe.preflight_commands import add_preflight_commands
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add_checkpoint_commands(commands)
     add_convert_commands(commands)
     add_surgery_commands(commands)
+    add_evaluate_commands(commands)
     add_report_commands(commands)
     add_generate_commands(commands)
     return parser

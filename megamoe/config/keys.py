@@ -136,10 +136,13 @@ def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
-def check_keys(tree: Any, where: str, section: type[Section] = Config, prefix: str = "") -> None:
+def check_keys(
+    tree: Any, where: str, section: type[Section] = Config, prefix: str = "", *, root: type[Section] = Config
+) -> None:
     """Raise ConfigError for the first key of `tree` that the schema does not know, naming the nearest that it does.
 
     `where` is what holds the key, as the user knows it: a file, a preset, the command line. Values are not looked at.
+    root: the whole schema, where that is not a run's.
     """
     if not isinstance(tree, Mapping):
         return
@@ -147,32 +150,36 @@ def check_keys(tree: Any, where: str, section: type[Section] = Config, prefix: s
         key = f"{prefix}{name}"
         field = section.model_fields.get(name) if isinstance(name, str) else None
         if field is None:
-            raise ConfigError(f'unknown key "{key}" in {where}: {_suggestion(str(name), section, prefix)}')
+            raise ConfigError(f'unknown key "{key}" in {where}: {_suggestion(str(name), section, prefix, root)}')
         nested, item = section_of(field.annotation), item_section_of(field.annotation)
         if nested is not None:
-            check_keys(value, where, nested, f"{key}.")
+            check_keys(value, where, nested, f"{key}.", root=root)
         elif item is not None and isinstance(value, Sequence) and not isinstance(value, str):
             for index, element in enumerate(value):
-                check_keys(element, where, item, f"{key}[{index}].")
+                check_keys(element, where, item, f"{key}[{index}].", root=root)
 
 
-def _suggestion(name: str, section: type[Section], prefix: str) -> str:
+def _suggestion(name: str, section: type[Section], prefix: str, root: type[Section]) -> str:
     """The end of the sentence about an unknown key: the nearest one, or all keys of its section."""
     plain = name.lower().replace("-", "_")
-    nearest = _nearest(plain, section, prefix)
+    nearest = _nearest(plain, section, prefix, root)
     if nearest is not None:
         return f'did you mean "{nearest}"?'
     keys = ", ".join(section.model_fields)
-    return f"{prefix.rstrip('.')} has {keys}" if prefix else f"the sections are {keys}"
+    if prefix:
+        return f"{prefix.rstrip('.')} has {keys}"
+    return f"the sections are {keys}" if root is Config else f"the keys are {keys}"
 
 
-def _nearest(plain: str, section: type[Section], prefix: str) -> str | None:
-    meant = _meaning_of_alias().get(plain)
+def _nearest(plain: str, section: type[Section], prefix: str, root: type[Section]) -> str | None:
+    meant = _meaning_of_alias().get(plain) if root is Config else None
     if meant is not None:
         return meant
     in_section = difflib.get_close_matches(plain, section.model_fields, n=1, cutoff=0.65)
     if in_section:
         return prefix + in_section[0]
+    if root is not Config:
+        return None
     elsewhere: dict[str, str] = {}
     for key in all_keys():
         elsewhere.setdefault(key.rpartition(".")[2], key)
@@ -180,13 +187,15 @@ def _nearest(plain: str, section: type[Section], prefix: str) -> str | None:
     return elsewhere[found[0]] if found else None
 
 
-def field_at(location: Sequence[str | int]) -> tuple[str, Any, tuple[Any, ...], int]:
-    """Follow `location` (names and list indices) into the schema as far as it goes.
+def field_at(
+    location: Sequence[str | int], root: type[Section] = Config
+) -> tuple[str, Any, tuple[Any, ...], int]:
+    """Follow `location` (names and list indices) into the schema `root` as far as it goes.
 
     Returns the dotted key, the annotation there, its bounds, and how many parts of `location` were used. Parts beyond
     are how pydantic names the branches of a union.
     """
-    annotation: Any = Config
+    annotation: Any = root
     metadata: tuple[Any, ...] = ()
     key = ""
     for used, part in enumerate(location):

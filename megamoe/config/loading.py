@@ -9,17 +9,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import ValidationError
 
 from megamoe.config.keys import accepted, check_keys, field_at
 from megamoe.config.presets import PRESETS
-from megamoe.config.schema import Config
+from megamoe.config.schema import Config, Section
 from megamoe.errors import ConfigError
 
 COMMAND_LINE = "the command line"
+Settings = TypeVar("Settings", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,6 +104,15 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 def override_config(config: Config, overrides: Sequence[str], where: str) -> Config:
     """`config`, which came from `where`, with `section.key=value` overrides. Raises ConfigError as `load_config`."""
     return _resolve([_Layer(config.model_dump(mode="json"), where)], overrides)
+
+
+def checked_settings(kind: type[Settings], tree: Any, where: str) -> Settings:
+    """`tree`, which came from `where`, as settings of another schema. Raises ConfigError as `load_config`."""
+    check_keys(tree, where, kind, root=kind)
+    try:
+        return kind.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, tree, [_Layer(tree, where)], kind)) from None
 
 
 def _resolve(sources: list[_Layer], overrides: Sequence[str]) -> Config:
@@ -221,11 +231,13 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _explain(error: ValidationError, tree: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
+def _explain(
+    error: ValidationError, tree: Mapping[str, Any], layers: Sequence[_Layer], root: type[Section] = Config
+) -> str:
     """One sentence for the first thing that is wrong: which key, what it is, where that was said, what is valid."""
     detail = error.errors(include_url=False)[0]
     location = detail["loc"]
-    key, annotation, metadata, used = field_at(location)
+    key, annotation, metadata, used = field_at(location, root)
     path = location[:used]
     where = _where(path, layers)
     if detail["type"] == "missing" and used == len(location):

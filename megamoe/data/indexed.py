@@ -295,6 +295,13 @@ class IndexedDataset:
             )
         return ids
 
+    def document_start(self, number: int) -> int:
+        """Where document `number` begins among the corpus's tokens; of `num_documents`, where the last one ends."""
+        sequence = int(self.document_bounds[number])
+        if sequence == len(self.sequence_offsets_bytes):
+            return self.num_tokens
+        return int(self.sequence_offsets_bytes[sequence]) // self.dtype.itemsize
+
     def document(self, number: int) -> np.ndarray:
         """Ids of one document, as stored: dtype `self.dtype`, [length]."""
         if not 0 <= number < self.num_documents:

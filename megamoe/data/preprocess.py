@@ -51,10 +51,14 @@ class PreprocessSettings:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """A chunk turned to ids: `tokens` of all documents in a row, `lengths` of each, both int arrays."""
+    """A chunk turned to ids: `tokens` of all documents in a row, `lengths` of each, both int arrays.
+
+    `text_bytes`, int64: UTF-8 bytes of the text that each document's ids stand for, lines joined by one byte.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    text_bytes: np.ndarray
     num_text_bytes: int
     source_bytes: int
 
@@ -176,7 +180,7 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, rules: Rules, json_key: str
     encoded = iter(tokenizer.encode_batch([piece for group in pieces for piece in group]))
     end = tokenizer.end_of_document_id
     flat: list[int] = []
-    lengths = []
+    lengths, text_bytes = [], []
     for group in pieces:
         start = len(flat)
         for _ in group:
@@ -186,8 +190,14 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, rules: Rules, json_key: str
             if rules == "paper":
                 flat.append(end)
             lengths.append(len(flat) - start)
+            text_bytes.append(sum(map(_num_bytes, group)) + len(group) - 1)
     tokens = np.array(flat, dtype=token_dtype(tokenizer.vocab_size))
-    return EncodedChunk(tokens, np.array(lengths, dtype=np.int64), num_text_bytes, chunk.source_bytes)
+    counts = (np.array(lengths, dtype=np.int64), np.array(text_bytes, dtype=np.int64))
+    return EncodedChunk(tokens, *counts, num_text_bytes, chunk.source_bytes)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
 def _encode_all(chunks: Iterator[Chunk], settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator[EncodedChunk]:

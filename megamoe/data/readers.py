@@ -43,13 +43,7 @@ class Source:
         Raises:
             DataError: the file cannot be read.
         """
-        entry = {"path": self.path, "size_bytes": self.size_bytes}
-        if self.size_bytes > HASHED_FILE_BYTES:
-            return {**entry, "modified_ns": self.modified_ns}
-        try:
-            return {**entry, "sha256": hashlib.sha256(Path(self.path).read_bytes()).hexdigest()}
-        except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+        return describe_file(self.path, self.size_bytes, self.modified_ns)
 
 
 @dataclass(frozen=True)
@@ -68,6 +62,17 @@ class Chunk:
 
     documents: tuple[RawDocument, ...]
     source_bytes: int
+
+
+def describe_file(path: str, size_bytes: int, modified_ns: int) -> dict[str, Any]:
+    """See `Source.describe`. Raises DataError where the file cannot be read."""
+    entry: dict[str, Any] = {"path": path, "size_bytes": size_bytes}
+    if size_bytes > HASHED_FILE_BYTES:
+        return {**entry, "modified_ns": modified_ns}
+    try:
+        return {**entry, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def find_sources(patterns: Iterable[str]) -> tuple[Source, ...]:

@@ -101,33 +101,33 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         content = _read(Path(path), "sentencepiece model")
-        self._processor = sentencepiece.SentencePieceProcessor()
+        self.processor = sentencepiece.SentencePieceProcessor()
         if MODEL_FIELDS - _protobuf_fields(content):
             raise DataError(f"{path} is not a sentencepiece model, or is damaged or cut off ({len(content)} bytes)")
         try:
-            self._processor.LoadFromSerializedProto(content)
+            self.processor.LoadFromSerializedProto(content)
         except (RuntimeError, OSError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise DataError(f"{path} is not a sentencepiece model, or is damaged: {first_line}") from error
-        self.vocab_size = self._processor.vocab_size()
-        self.end_of_document_id = self._processor.eos_id()
+        self.vocab_size = self.processor.vocab_size()
+        self.end_of_document_id = self.processor.eos_id()
         if self.end_of_document_id < 0:
             raise DataError(f"{path} has no end-of-sentence piece (eos_id), which marks ends of documents")
-        self._special = {index for index in range(self.vocab_size) if self._processor.is_control(index)}
+        self._special = {index for index in range(self.vocab_size) if self.processor.is_control(index)}
         self._sha256 = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; what the model has no piece for becomes bytes, where it has byte fallback."""
-        return self._processor.encode(text)
+        return self.processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on one thread: parallel work is the caller's."""
-        return self._processor.encode(list(texts), num_threads=1)
+        return self.processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Raises DataError for an id outside the vocabulary."""
         _check_ids(ids, self.vocab_size)
-        return self._processor.decode([int(index) for index in ids if int(index) not in self._special])
+        return self.processor.decode([int(index) for index in ids if int(index) not in self._special])
 
     def describe(self) -> dict[str, Any]:
         """See `Tokenizer.describe`."""
@@ -152,6 +152,7 @@ class Gpt2BpeTokenizer:
         vocab = _parse_vocab(vocab_path, vocab_bytes)
         merges = _parse_merges(merges_path, merges_bytes, vocab)
         self._bpe = ByteLevelBPETokenizer(vocab, merges, add_prefix_space=False)
+        self.vocabulary = vocab
         self.vocab_size = len(vocab)
         self.end_of_document_id = vocab[GPT2_END_OF_DOCUMENT]
         self._sha256 = hashlib.sha256(vocab_bytes + merges_bytes).hexdigest()

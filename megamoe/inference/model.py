@@ -8,7 +8,7 @@ i mod d, where its cache stays; what comes out is the same on all ranks.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,10 +47,15 @@ class ForwardModel:
     decoding: Decoding
     evaluation: EvaluationMode
     statistics: LoadStatistics
+    _loads: dict[int, Tensor] = field(default_factory=dict)  # by layer, fp64 [2]: choices, and those dropped
 
     @property
     def num_data_ranks(self) -> int:
         return self.groups.grid.data
+
+    def computes(self, number: int) -> bool:
+        """Whether micro-batch `number` of a call is computed here: the values of all others are never looked at."""
+        return number % self.num_data_ranks == self.groups.coordinates.data
 
     def new_cache(self, num_texts: int, num_slots: int) -> KeyValueCache:
         """For a micro-batch of so many texts of up to `num_slots` tokens; it takes memory where it is used."""
@@ -108,6 +113,24 @@ class ForwardModel:
         finally:
             self.evaluation.drop_tokens = kept
 
+    def take_loads(self) -> dict[int, tuple[float, float]]:
+        """By 0-based layer: choices of experts since the last call, and how many of them were dropped.
+
+        Counted where experts have a capacity. Collective over all ranks.
+        """
+        counts = torch.zeros((self.config.model.num_layers, 2), dtype=torch.float64, device=self.device)
+        for layer, values in self._loads.items():
+            counts[layer] = values
+        self._loads.clear()
+        dist.all_reduce(counts, group=self.groups.world)
+        counts /= self.groups.grid.expert_tensor  # ranks that share an expert's matrices route the same tokens
+        return {layer: (all_, dropped) for layer, (all_, dropped) in enumerate(counts.tolist()) if all_}
+
+    def _count_loads(self) -> None:
+        for layer, load in self.statistics.take().items():
+            counts = torch.stack([load.demand.sum(), load.dropped])
+            self._loads[layer] = self._loads[layer] + counts if layer in self._loads else counts
+
     def close(self) -> None:
         """Let go of the groups in both engines' module state."""
         destroy_groups()
@@ -124,11 +147,16 @@ class ForwardModel:
         size, mine = self.num_data_ranks, self.groups.coordinates.data
         numbers = range(mine, len(rows) + -len(rows) % size, size)
         own = [rows[i] if i < len(rows) else _without_cache(rows[-1]) for i in numbers]
-        found = forward_passes(self.chunk, self.groups, self.decoding, own, self.device)
+
+        def after(place: int) -> None:
+            if self.evaluation.drop_tokens and numbers[place] < len(rows):
+                self._count_loads()
+            self.statistics.take()
+
+        found = forward_passes(self.chunk, self.groups, self.decoding, own, self.device, after)
         for row in rows:
             if row.cache is not None:
                 row.cache.advance(row.tokens.shape[1] if row.num_new is None else row.num_new)
-        self.statistics.take()
         return None if found is None else [(i, each) for i, each in zip(numbers, found, strict=True) if i < len(rows)]
 
     def _whole_vocabulary(self, part: Tensor) -> Tensor:

@@ -4,15 +4,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
-
-from megamoe.config.schema import Config
-from megamoe.inference.model import ForwardModel, build_forward_model
-from megamoe.launch.environment import rank_environment
 from megamoe.training import engine_warnings
-from megamoe.training.distributed import bound_waits, initialize_distributed
 
-engine_warnings.silence()
+engine_warnings.silence()  # before the engines are imported
+
+import torch.distributed as dist  # noqa: E402
+
+from megamoe.config.schema import Config  # noqa: E402
+from megamoe.launch.environment import rank_environment  # noqa: E402
+from megamoe.model import cpu_bridge  # noqa: E402
+
+cpu_bridge.apply_before_import()
+
+from megamoe.inference.model import ForwardModel, build_forward_model  # noqa: E402
+from megamoe.training.distributed import bound_waits, initialize_distributed  # noqa: E402
 
 
 @contextmanager

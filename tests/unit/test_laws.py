@@ -41,8 +41,13 @@ MAY_IMPORT = {
                   "training"},
     "generation": {"errors", "config", "data", "inference"},
     "generate_commands": {"errors", "arguments", "data", "inference", "generation"},
+    "evaluation": {"errors", "progress", "config", "topology", "data", "checkpoint", "inference", "training"},
+    "evaluate_commands": {"errors", "arguments", "config", "launch", "inference", "evaluation"},
     "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
+    "study": {"errors", "progress", "config", "topology", "checkpoint", "launch", "data", "runs", "pictures", "plan",
+              "dry_run", "report", "evaluation"},
+    "study_commands": {"errors", "arguments", "config", "study"},
     "hf": set(),
     "pictures": set(),
     "report": {"errors", "config", "topology", "checkpoint", "runs", "pictures"},
@@ -62,7 +67,8 @@ MAY_IMPORT = {
                  "sinks", "watchdog"},
     "cli": {"errors", "arguments", "host_memory", "config", "topology", "launch", "training", "data", "checkpoint",
             "runs", "attempt_commands", "preflight_commands", "checkpoint_commands", "convert_commands",
-            "generate_commands", "plan_commands", "report_commands", "submit_commands", "surgery_commands"},
+            "evaluate_commands", "generate_commands", "plan_commands", "report_commands", "study_commands",
+            "submit_commands", "surgery_commands"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -80,7 +86,7 @@ ENGINE_FILES = {
 TORCH_FREE = ("cli", "phases", "runs", "sinks", "watchdog", "attempt_commands", "preflight_commands", "config",
               "topology", "plan", "launch", "data", "checkpoint", "checkpoint_commands", "convert", "surgery",
               "surgery_commands", "convert_commands", "plan_commands", "pictures", "report", "report_commands",
-              "submit", "submit_commands", "generate_commands")
+              "submit", "submit_commands", "generate_commands", "evaluate_commands", "study", "study_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 

@@ -1,0 +1,1 @@
+"""How well a model predicts texts: sets of them, read in blocks or document by document, scored under any layout."""

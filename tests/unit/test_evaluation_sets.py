@@ -1,0 +1,249 @@
+"""SETS.yaml, what a set is known by, how it is cut into windows, and how many bytes its tokens stand for."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megamoe.config.schema import TokenizerConfig
+from megamoe.data.indexed import IndexedDataset, IndexedWriter
+from megamoe.data.token_bytes import token_bytes
+from megamoe.data.tokenizer_training import TrainingSettings, train_tokenizer
+from megamoe.data.tokenizers import ByteTokenizer, Gpt2BpeTokenizer, SentencePieceTokenizer, byte_characters
+from megamoe.errors import ConfigError, DataError
+from megamoe.evaluation.corpora import open_set, tokenize
+from megamoe.evaluation.sets import EvaluationSet, EvaluationSets, TextSet, read_sets, settled_sets, single_text
+from megamoe.evaluation.windows import plan_windows
+
+TEXTS = ["Größe zählt.\n", "日本語 text, two lines\nand more\n", "x", " leading and  double blanks"]
+BYTE = TokenizerConfig()
+
+
+def sets_file(folder: Path, text: str) -> Path:
+    path = folder / "sets.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "sets: [{name: a, path: b, formt: text}]",
+            'unknown key "sets[0].formt" in {path}: did you mean "sets[0].format"?',
+        ),
+        ("set: []", 'unknown key "set" in {path}: did you mean "sets"?'),
+        ("learning_rate: 1", 'unknown key "learning_rate" in {path}: the keys are sets, reading, context_tokens, '
+         "stride_tokens"),
+        (
+            "sets: [{name: a, path: b, reading: lines}]",
+            'sets[0].reading is "lines" in {path}: it must be one of blocks, documents or null',
+        ),
+        ("sets: [{path: b}]", "sets[0].name is missing in {path}: it must be text"),
+        (
+            "sets: [{name: a, path: b, max_tokens: 0}]",
+            "sets[0].max_tokens is 0 in {path}: it must be a whole number of at least 1 or null",
+        ),
+        (
+            "sets: [{name: a, path: b}, {name: a, path: c}]",
+            'two sets of {path} are named "a": give each a name of its own',
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_wrong_is_answered_in_one_sentence(text, message, tmp_path):
+    path = sets_file(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_sets(path)
+    assert str(caught.value) == message.format(path=path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"context_tokens": 65},
+            "set a: context_tokens 65 is longer than the model's sequences: use at most 64",
+        ),
+        (
+            {"reading": "documents", "stride_tokens": 33, "context_tokens": 32},
+            "set a: stride_tokens 33 is longer than its context of 32 tokens, so that tokens would be left out: use at "
+            "most 32",
+        ),
+        (
+            {"stride_tokens": 3},
+            "set a: stride_tokens is for reading documents, but it is read in blocks: leave it out, or set reading: "
+            "documents",
+        ),
+        (
+            {"path": "gone/*.txt"},
+            "set a: no file matches gone/*.txt: give a text file, a .jsonl file, a glob, or the path of a .bin/.idx "
+            "pair without the ending",
+        ),
+        ({"path": "gone", "format": "indexed"}, "set a: cannot open gone.idx (No such file or directory)"),
+    ],
+)
+def test_settings_that_do_not_fit_are_answered_in_one_sentence(settings, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here.txt").write_text("text")
+    found = EvaluationSets(sets=(EvaluationSet(**{"name": "a", "path": "here.txt", **settings}),))
+    with pytest.raises((ConfigError, DataError)) as caught:
+        settled_sets(found, seq_length=64)
+    assert str(caught.value) == message
+
+
+def test_the_set_the_file_and_the_command_are_asked_in_this_order(tmp_path):
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_text("{}")
+    path = sets_file(
+        tmp_path,
+        f"context_tokens: 32\nsets:\n  - {{name: a, path: {tmp_path}/a.txt, reading: documents}}\n"
+        f"  - {{name: b, path: {tmp_path}/b.jsonl, context_tokens: 16, domain: near}}\n",
+    )
+    one, other = (text.settings for text in settled_sets(read_sets(path), seq_length=64, context_tokens=8))
+    assert (one.reading, one.context_tokens, one.stride_tokens, one.format) == ("documents", 32, 16, "text")
+    assert (other.reading, other.context_tokens, other.stride_tokens, other.format) == ("blocks", 16, None, "jsonl")
+    (alone,) = settled_sets(single_text(tmp_path / "a.txt"), seq_length=64, reading="documents", stride_tokens=3)
+    assert (alone.settings.name, alone.settings.context_tokens, alone.settings.stride_tokens) == ("a.txt", 64, 3)
+    assert TextSet.from_description(json.loads(json.dumps(alone.describe()))) == alone
+
+
+def test_a_set_is_known_by_the_content_of_its_files(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    (before,) = settled_sets(single_text(path), seq_length=64)
+    path.write_text("two")
+    (after,) = settled_sets(single_text(path), seq_length=64)
+    assert before.files[0]["size_bytes"] == after.files[0]["size_bytes"] and before.files != after.files
+    path.write_text("one")
+    assert settled_sets(single_text(path), seq_length=64) == (before,)
+
+
+def write(prefix: Path, lengths: list[int]) -> IndexedDataset:
+    with IndexedWriter(prefix, 1000) as writer:
+        writer.add_documents(np.arange(sum(lengths)).astype(writer.dtype), np.array(lengths))
+    return IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(8, 8), (8, 3), (5, 1), (1, 1), (64, 32)])
+def test_each_token_of_a_document_is_scored_once_with_its_context(context, stride, tmp_path):
+    lengths = [3, 0, 8, 9, 30, 1]
+    corpus = write(tmp_path / "text", lengths)
+    settings = EvaluationSet(
+        name="a", path="", reading="documents", context_tokens=context, stride_tokens=stride
+    )
+    plan = plan_windows(corpus, settings, end_of_document_id=999, vocab_size=1000)
+    windows = list(plan.windows())
+    scored = []
+    for window in windows:
+        ids = plan.tokens(window)
+        start = corpus.document_start(window.unit)
+        before = window.first_scored - start  # tokens of the document before the first that counts
+        assert window.length <= context
+        assert window.length - window.scored >= min(before, context - stride)
+        assert (ids[0] == 999) == (window.index == 0)
+        expected = np.arange(window.first, window.first + window.length + 1)  # ids are their positions
+        np.testing.assert_array_equal(ids[1:], expected[1:])
+        assert ids[0] in (expected[0], 999)
+        scored += range(window.first_scored, window.first_scored + window.scored)
+        assert window.ends_unit == (scored[-1] == start + lengths[window.unit] - 1)
+    assert scored == list(range(sum(lengths))) and plan.span == (0, sum(lengths))
+    for number, window in enumerate(windows):  # from any place on
+        assert list(plan.windows(window.unit, window.index)) == windows[number:]
+
+
+def test_limits_take_the_first_documents_and_blocks(tmp_path):
+    corpus = write(tmp_path / "text", [10, 10, 10, 10])
+
+    def plan(**settings):
+        chosen = EvaluationSet(**{"name": "a", "path": "", "context_tokens": 4, "stride_tokens": 2, **settings})
+        found = plan_windows(corpus, chosen, end_of_document_id=0, vocab_size=1000)
+        return found.num_units, found.num_documents, found.span
+
+    assert plan(reading="documents") == (4, 4, (0, 40))
+    assert plan(reading="documents", max_documents=3) == (3, 3, (0, 30))
+    assert plan(reading="documents", max_tokens=10) == (1, 1, (0, 10))
+    assert plan(reading="documents", max_tokens=11) == (2, 2, (0, 20))
+    assert plan(reading="documents", max_tokens=1000) == (4, 4, (0, 40))
+    assert plan(reading="blocks") == (9, 4, (1, 37))
+    assert plan(reading="blocks", max_documents=2) == (4, 2, (1, 17))
+    assert plan(reading="blocks", max_tokens=9) == (2, 1, (1, 9))
+    with pytest.raises(DataError, match="set a has 40 tokens, of which max_tokens allows 3: one block of context_tok"):
+        plan(reading="blocks", max_tokens=3)
+
+
+def gpt2_folder(folder: Path) -> Path:
+    characters = byte_characters()
+    merges = [("Ã", "¤"), ("o", "r"), ("Ġ", "t")]
+    tokens = [*characters, *("".join(pair) for pair in merges), "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def tokenizers(folder: Path) -> list:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n\n".join(TEXTS * 30), encoding="utf-8")
+    settings = TrainingSettings(inputs=(str(corpus),), output=str(folder / "pieces"), vocab_size=320)
+    train_tokenizer(settings)
+    pieces = SentencePieceTokenizer(folder / "pieces.model")
+    return [ByteTokenizer(), Gpt2BpeTokenizer(gpt2_folder(folder / "bpe")), pieces]
+
+
+def test_bytes_of_ids_add_up_to_those_of_the_text(tmp_path):
+    for tokenizer in tokenizers(tmp_path):
+        counts, end = token_bytes(tokenizer), tokenizer.end_of_document_id
+        for text in TEXTS:
+            ids = np.array([*tokenizer.encode(text), end, end])
+            assert counts.count(ids, end) == len(text.encode("utf-8")), (tokenizer.kind, text)
+            parts = counts.count(ids[:3], end) + counts.count(ids[3:], int(ids[2]))  # cut anywhere, characters too
+            assert parts == counts.count(ids, end)
+
+
+def test_text_is_tokenized_once_and_its_bytes_are_known(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"body": text}) + "\n" for text in TEXTS)
+    found = EvaluationSets(
+        sets=(EvaluationSet(name="a", path=str(tmp_path / "a.jsonl.gz"), json_key="body"),), reading="documents"
+    )
+    (text,) = settled_sets(found, seq_length=8)
+    said = []
+    tokenize(text, ByteTokenizer(), tmp_path / "made" / "000-a", said.append)
+    written = (tmp_path / "made" / "000-a.bin").stat().st_mtime_ns
+    tokenize(text, ByteTokenizer(), tmp_path / "made" / "000-a", said.append)
+    assert (tmp_path / "made" / "000-a.bin").stat().st_mtime_ns == written and len(said) == 1
+    opened = open_set(text, tmp_path / "made" / "000-a", tokenizer=BYTE, vocab_size=260)
+    num_bytes = sum(len(each.encode()) for each in TEXTS)
+    assert opened.plan.span == (0, num_bytes + len(TEXTS))  # bytes are tokens, and each document's end is one
+    assert opened.text_bytes(0) == num_bytes == opened.bytes_between(0, num_bytes + len(TEXTS))
+    (blocks,) = settled_sets(found.model_copy(update={"reading": "blocks"}), seq_length=8)
+    opened = open_set(blocks, tmp_path / "made" / "000-a", tokenizer=BYTE, vocab_size=260)
+    first, last = opened.plan.span
+    joined = b"\0".join(each.encode() for each in TEXTS) + b"\0"
+    assert opened.text_bytes(0) == len(joined[first:last].replace(b"\0", b""))
+
+
+def test_tokenizing_ends_where_the_limits_are_reached(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(["ten bytes"] * 50))
+    for limits, documents in (({"max_documents": 7}, 7), ({"max_tokens": 30}, 4), ({}, 50)):
+        found = EvaluationSets(sets=(EvaluationSet(name="a", path=str(tmp_path / "a.txt"), **limits),))
+        (text,) = settled_sets(found, seq_length=8)
+        tokenize(text, ByteTokenizer(), tmp_path / f"made{documents}")
+        assert IndexedDataset(tmp_path / f"made{documents}").num_documents == documents
+
+
+def test_bytes_of_a_foreign_dataset_are_not_guessed(tmp_path):
+    prefix = tmp_path / "text"
+    write(prefix, [10, 10])
+    manifest = {"format_version": 1, "tokenizer": {"kind": "sentencepiece", "vocab_size": 900, "sha256": "0",
+                                                   "end_of_document_id": 3}}  # fmt: skip
+    Path(f"{prefix}.json").write_text(json.dumps(manifest))
+    (text,) = settled_sets(EvaluationSets(sets=(EvaluationSet(name="a", path=str(prefix)),)), seq_length=8)
+    opened = open_set(text, tmp_path / "none", tokenizer=BYTE, vocab_size=1000)
+    assert opened.text_bytes(5) is None and opened.plan.end_of_document_id == 3
+    assert opened.notes[0].startswith("set a: its bytes are not counted, for ")
+    with pytest.raises(DataError, match=r"was written with a tokenizer of 900 ids, but model.vocab_size is 500"):
+        open_set(text, tmp_path / "none", tokenizer=BYTE, vocab_size=500)
