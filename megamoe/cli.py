@@ -22,6 +22,7 @@ from megamoe.generate_commands import add_generate_commands
 from megamoe.plan_commands import add_plan_commands
 from megamoe.preflight_commands import add_preflight_commands
 from megamoe.report_commands import add_report_commands
+from megamoe.study_commands import add_study_commands
 from megamoe.submit_commands import add_submit_commands
 from megamoe.surgery_commands import add_surgery_commands
 
@@ -137,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate_commands(commands)
     add_report_commands(commands)
     add_generate_commands(commands)
+    add_study_commands(commands)
     return parser
 
 

@@ -33,8 +33,9 @@ DOCUMENT_CHARACTERS = 8_000  # long files are cut into documents at the next end
 LEAST_PARAGRAPH, LEAST_DOCUMENT = 60, 300  # characters
 LETTER_SHARE = 0.8  # of a paragraph's characters: less is a table, a listing or a formula
 COMMON_WORDS = frozenset(
-    "a and are as at be by can from has have if in is it not of on or that the this to was which will with you".split()
-)
+    ("a", "and", "are", "as", "at", "be", "by", "can", "from", "has", "have", "if", "in", "is", "it", "not", "of", "on",
+     "or", "that", "the", "this", "to", "was", "which", "will", "with", "you")
+)  # fmt: skip
 COMMON_SHARE, LEAST_WORDS = 0.15, 12  # English has so many of them; shorter paragraphs are not judged
 TRANSLATION = re.compile(r"/(?:translations?|[a-z]{2}[-_][A-Z]{2})/")
 SKIPPED_TAGS = frozenset({"button", "form", "head", "nav", "pre", "script", "style", "svg", "table"})
@@ -110,8 +111,8 @@ def texts_of(root: Path) -> Iterator[str]:
             continue
         if not name.endswith((".html", ".xhtml", ".rst", ".rst.txt")):
             continue
-        data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8", errors="replace")
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8", errors="replace")
         if "html" in name:
             reader = ProseOfHtml()
             reader.feed(text)

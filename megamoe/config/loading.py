@@ -106,6 +106,19 @@ def override_config(config: Config, overrides: Sequence[str], where: str) -> Con
     return _resolve([_Layer(config.model_dump(mode="json"), where)], overrides)
 
 
+def layered_config(trees: Sequence[tuple[Mapping[str, Any], str]]) -> Config:
+    """The configuration of several trees, each with what holds it for messages, the later ones above. The first may
+    name a preset. Raises ConfigError as `load_config`."""
+    layers = []
+    for tree, where in trees:
+        own = dict(tree)
+        if not layers and "preset" in own:
+            name = str(own.pop("preset"))
+            layers.append(_Layer(preset_tree(name, where), f"preset {name}"))
+        layers.append(_Layer(own, where))
+    return _resolve(layers, ())
+
+
 def checked_settings(kind: type[Settings], tree: Any, where: str) -> Settings:
     """`tree`, which came from `where`, as settings of another schema. Raises ConfigError as `load_config`."""
     check_keys(tree, where, kind, root=kind)

@@ -103,7 +103,9 @@ def _run(study: StudySettings, where: str, said_in: str, model: LadderModel, see
     for place, tokens in enumerate(study.evaluate_at_tokens or ()):
         steps.append(_steps(f"evaluate_at_tokens[{place}]", tokens, batch, where))
         if steps[-1] > steps[0]:
-            raise ConfigError(f"evaluate_at_tokens[{place}] is {tokens} in {where}: training ends at {study.num_tokens}")
+            raise ConfigError(
+                f"evaluate_at_tokens[{place}] is {tokens} in {where}: training ends at {study.num_tokens}"
+            )
     interval = math.gcd(*steps)
     own = {
         "run": {"num_steps": steps[0], "seed": seed, "dir": str(study.folder / f"{model.name}-seed{seed}")},
@@ -151,7 +153,9 @@ def _check_equal_rules(runs: list[StudyRun], more: tuple[str, ...]) -> None:
     known = flat(Config().model_dump(mode="json"))
     for key in more:
         if not any(matches(each, (key,)) for each in known):
-            raise ConfigError(f'may_differ names "{key}", which is no key of a configuration: write one as model.init_std')
+            raise ConfigError(
+                f'may_differ names "{key}", which is no key of a configuration: write one as model.init_std'
+            )
     allowed = (*MAY_DIFFER, *more, "run.dir", "run.seed")
     first = runs[0]
     for run in runs[1:]:
