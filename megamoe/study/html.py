@@ -47,10 +47,10 @@ def html_study(
 ) -> str:  # fmt: skip
     """The page. `missing`: what the report does without, in words."""
     title = f"{study.name}: {study.analysis.compared} against {study.analysis.baseline}"
-    seeds = sum(len(run.eval_steps) for run in runs)
+    num_wanted = sum(len(run.eval_steps) for run in runs)
     head = (
         f"{len(study.models)} models, {len(runs)} runs, each trained on {count_text(runs[0].num_tokens)} tokens under "
-        f"equal rules; {len(points)} of {seeds} checkpoints evaluated."
+        f"equal rules; {len(points)} of {num_wanted} checkpoints evaluated."
     )
     sections = [
         f'<header><h1>{escape(title)}</h1><p class="soft">{head}</p></header>',
@@ -75,10 +75,11 @@ def _cards(study: StudySettings, factors: Sequence[Speedup]) -> str:
     """The factor of each domain, large, at the middle target."""
     parts = []
     for each in factors:
-        names = {"paper_flops": "compute saved", "train_seconds": "time saved", "peak_memory_bytes": "memory saved"}
+        names = {"paper_flops": "compute", "train_seconds": "time", "peak_memory_bytes": "memory"}
         if each.method != "trained" or each.cost not in names:
             continue
-        name = f"{names[each.cost].capitalize()}, {domain_name(each.domain)}"
+        families = f"{study.analysis.baseline} / {study.analysis.compared}"
+        name = f"{names[each.cost].capitalize()}, {families}, {domain_name(each.domain)}"
         if not len(each.targets):
             parts.append((name, "no factor", each.reason))
             continue

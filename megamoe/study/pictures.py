@@ -14,7 +14,7 @@ from megamoe.study.speedup import Candidate, Speedup, candidates_of, family_curv
 METHOD_NAMES = {
     "trained": "between fully trained models", "envelope": "along the best of all checkpoints", "fit": "power laws",
 }  # fmt: skip
-_METHOD_STYLES = {"trained": ("c0", ""), "envelope": ("c1", "7 4"), "fit": ("c2", "2 3")}
+_METHOD_STYLES = {"trained": ("c2", ""), "envelope": ("c3", "7 4"), "fit": ("c4", "2 3")}  # no colours of families
 _DASHES = ("", "8 4", "2 3", "9 3 2 3", "5 2", "1 4")
 AXES = {"paper_flops": "training FLOPs as the paper counts", "train_seconds": "seconds of training"}
 
@@ -59,16 +59,20 @@ def cost_picture(points: Sequence[Point], domain: str, cost: str = "paper_flops"
         hints = [f"{point.model}, seed {point.seed}: {loss:.4f} at {flops_text(x)}" for point, x, loss in seeds]
         every = [(each.cost(cost) or 0.0, each.loss) for each in candidates if each.family == family]
         series += [
-            Series(f"{family}: checkpoints on the way", colour, every, has_line=False, dot=3.5, is_open=True),
-            Series(f"{family}: the best of them", colour, _pairs(envelope), dash="4 4", width=1.2),
-            Series(f"{family}: between trained models", colour, _pairs(trained)),
+            Series(family, colour, every, has_line=False, dot=3.5, is_open=True, in_legend=False),
+            Series(family, colour, _pairs(envelope), dash="4 4", width=1.2, in_legend=False),
+            Series(family, colour, _pairs(trained)),
             Series(
-                f"{family}: trained models, each seed", colour, [(x, y) for _, x, y in seeds], has_line=False, dot=7,
-                hints=hints,
+                family, colour, [(x, y) for _, x, y in seeds], has_line=False, dot=7, hints=hints, in_legend=False
             ),
         ]  # fmt: skip
     if not series:
         return None
+    series += [
+        Series("a trained model, each seed", "ink", (), has_line=False, dot=7),
+        Series("a checkpoint on the way", "ink", (), has_line=False, dot=5, is_open=True),
+        Series("the best of all checkpoints", "ink", (), dash="4 4"),
+    ]
     is_time = cost == "train_seconds"
     return Picture(
         f"Loss {domain_name(domain)}", "nats a token, lower is better", AXES[cost], "nats a token", series,

@@ -11,6 +11,7 @@ from pathlib import Path
 from megamoe.errors import TrainingInterrupted
 from megamoe.launch.server import die_with_parent
 
+COMMAND = (sys.executable, "-m", "megamoe")
 POLL_SECONDS = 0.25
 MESSAGE_CHARACTERS = 400
 
@@ -33,7 +34,7 @@ def run_command(
     try:
         with open(log, "ab") as output:
             child = subprocess.Popen(
-                [sys.executable, "-m", "megamoe", *arguments], stdin=subprocess.DEVNULL, stdout=output,
+                [*COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, pass_fds=held, start_new_session=True,
                 preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent),
             )  # fmt: skip
@@ -74,4 +75,4 @@ def last_message(log: Path) -> str:
 
 def run_here(arguments: Sequence[str]) -> int:
     """`python -m megamoe ARGUMENTS` with this process's own output, until it has ended; its exit code."""
-    return subprocess.call([sys.executable, "-m", "megamoe", *arguments], stdin=subprocess.DEVNULL)
+    return subprocess.call([*COMMAND, *arguments], stdin=subprocess.DEVNULL)

@@ -49,9 +49,9 @@ def limits(study: StudySettings, runs: Sequence[StudyRun], points: Sequence[Poin
     analysis = study.analysis
     texts = [
         f"The factor is s(t) = c({analysis.baseline}) / c({analysis.compared}), where c(t) is what a family spends to "
-        "reach a loss of t. Between fully trained models, log compute is a straight line over the loss; a model that is no better "
-        "than a cheaper one is left out. Beyond what both families reach there is no number.",
-        "Checkpoints on the way have not had their learning rate decay to its end, so that they are worse than a model "
+        "reach a loss of t. Between fully trained models log compute is a straight line over the loss; a model that is "
+        "no better than a cheaper one is left out. Beyond what both families reach there is no number.",
+        "Checkpoints on the way have not had their learning rate decay to its end, so they are worse than a model "
         "trained for that long: the factor along the best of all checkpoints is a second opinion, not a better one.",
         _interval_text(study, points),
         "Models of this size on so few tokens say how the method works and which way it points; they do not say what "
@@ -80,6 +80,6 @@ def _interval_text(study: StudySettings, points: Sequence[Point]) -> str:
     )  # fmt: skip
     return (
         f"{seeds}. Intervals are of {analysis.confidence:.0%}, from {analysis.num_replicates:,} replicates of a "
-        f"parametric bootstrap (seed {analysis.seed}): seeds by Student's t, texts by their standard errors, {text}. Where fewer "
-        f"than {LEAST_SHARE:.0%} of the replicates reach a target there is no interval."
+        f"parametric bootstrap (seed {analysis.seed}): seeds by Student's t, texts by their standard errors, {text}. "
+        f"Where fewer than {LEAST_SHARE:.0%} of the replicates reach a target there is no interval."
     )

@@ -117,6 +117,12 @@ def analyse(points: Sequence[Point], settings: AnalysisSettings) -> list[Speedup
     return found
 
 
+def factor(points: Sequence[Point], settings: AnalysisSettings, domain: str, cost: str, method: str) -> Speedup:
+    """One of those that `analyse` gives."""
+    candidates = candidates_of(points, domain)
+    return _speedup(candidates, _moved_losses(candidates, settings, domain), settings, (domain, cost, method))
+
+
 def family_curve(
     candidates: Sequence[Candidate], family: str, cost: str, method: str
 ) -> Curve | PowerLaw | None:

@@ -85,8 +85,8 @@ def told(each: Speedup, study: StudySettings) -> str:
     interval = f", {study.analysis.confidence:.0%} interval {low:.2f} to {high:.2f}" if math.isfinite(low) else ""
     return (
         f"{study.analysis.baseline} takes {each.factors[middle]:.2f} times what {study.analysis.compared} takes to "
-        f"reach {each.targets[middle]:.3f} nats a token{interval}; over all targets {known.min():.2f} to {known.max():.2f}, "
-        f"{METHOD_NAMES[each.method]}"
+        f"reach {each.targets[middle]:.3f} nats a token{interval}; over all targets {known.min():.2f} to "
+        f"{known.max():.2f}, {METHOD_NAMES[each.method]}"
     )
 
 
