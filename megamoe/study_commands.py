@@ -89,7 +89,9 @@ def _plan(options: argparse.Namespace, study: "StudySettings", runs: "tuple[Stud
         print(json.dumps(forecast_tree(study, found, runs), indent=2))
         return 0
     gpus = f"{options.gpus} rank{'s' if options.gpus > 1 else ''}"
-    where = f"on {gpus} of {'this machine' if options.cluster == THIS_MACHINE else options.cluster}"
+    where = f"on {gpus} of {options.cluster}"
+    if options.cluster == THIS_MACHINE:
+        where = f"on {gpus} of this machine, at one thread each and as busy as it is now"
     print(forecast_text(study, found, runs, where=where), end="")
     return 0
 

@@ -156,7 +156,7 @@ def _check_equal_rules(runs: list[StudyRun], more: tuple[str, ...]) -> None:
             raise ConfigError(
                 f'may_differ names "{key}", which is no key of a configuration: write one as model.init_std'
             )
-    allowed = (*MAY_DIFFER, *more, "run.dir", "run.seed")
+    allowed = (*MAY_DIFFER, *more, *_OWN)
     first = runs[0]
     for run in runs[1:]:
         for key in differing_keys(first.config, run.config):

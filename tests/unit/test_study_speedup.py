@@ -7,11 +7,11 @@ import pytest
 
 from megamoe.study.points import read_points, write_points
 from megamoe.study.schema import AnalysisSettings
-from megamoe.study.speedup import analyse, factor, candidates_of, noise_of
+from megamoe.study.speedup import analyse, candidates_of, factor, noise_of
 from tests.unit.study_cases import SIZES, ladder
 
 FACTOR = 4.0
-REPETITIONS = 120
+REPETITIONS = 400
 SEEDS = {"dense-0": 3, "moe-0": 3, "dense-1": 2, "moe-1": 2}
 
 
