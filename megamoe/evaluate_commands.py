@@ -5,8 +5,10 @@ goes to stderr.
 """
 
 import argparse
+import contextlib
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,15 +74,14 @@ class _NothingToDo(Exception):
 def _evaluate(options: argparse.Namespace) -> int:
     from megamoe.evaluation.table import shown
     from megamoe.inference.launching import compute_on_ranks
-    from megamoe.inference.sources import model_checkpoint
     from megamoe.launch.environment import rank_environment
 
     environment = rank_environment()
     try:
-        with model_checkpoint(options.path) as newest:
+        with _checkpoints(options) as folders:
             return compute_on_ranks(
                 "megamoe.evaluation.worker:run_rank",
-                lambda num_ranks: _prepare(options, newest, num_ranks),
+                lambda num_ranks: _prepare(options, folders, num_ranks),
                 local_ranks=options.local_ranks,
             )
     except _NothingToDo as done:
@@ -93,9 +94,26 @@ def _evaluate(options: argparse.Namespace) -> int:
         return error.exit_code
 
 
-def _prepare(options: argparse.Namespace, newest: Path, num_ranks: int) -> tuple["Config", Mapping[str, Any]]:
+@contextlib.contextmanager
+def _checkpoints(options: argparse.Namespace) -> Iterator[list[Path]]:
+    """What is evaluated, in this order; an imported model is there while this lasts."""
+    from megamoe.evaluation.plan import checkpoints_of_run
+    from megamoe.inference.sources import model_checkpoint
+
+    if options.every or options.steps is not None:
+        yield checkpoints_of_run(options.path, options.steps)
+        return
+    names_tokenizer = any(override.startswith("data.tokenizer.") for override in options.overrides)
+    with model_checkpoint(options.path, keeps_tokenizer=not names_tokenizer) as newest:
+        yield [newest]
+
+
+def _prepare(
+    options: argparse.Namespace, folders: Sequence[Path], num_ranks: int
+) -> tuple["Config", Mapping[str, Any]]:
     """The ranks' configuration and their payload. All that can be refused without a rank is refused here."""
-    from megamoe.evaluation.plan import checkpoints_of_run, header, model_identity, taken_up
+    from megamoe.evaluation.corpora import check_sets
+    from megamoe.evaluation.plan import header, model_identity, taken_up
     from megamoe.evaluation.results import Results
     from megamoe.evaluation.sets import read_sets, settled_sets, single_text
     from megamoe.inference.settings import forward_config
@@ -103,13 +121,13 @@ def _prepare(options: argparse.Namespace, newest: Path, num_ranks: int) -> tuple
     from megamoe.launch.environment import rank_environment
 
     capacity, several = _capacity(options), options.every or options.steps is not None
-    folders = checkpoints_of_run(options.path, options.steps) if several else [newest]
     config = forward_config(folders[0], [*options.overrides, *capacity.overrides()], num_ranks=num_ranks)
     found = single_text(options.text) if options.sets is None else read_sets(options.sets)
     texts = settled_sets(
         found, seq_length=config.model.seq_length, reading=options.reading, context_tokens=options.context,
         stride_tokens=options.stride,
     )  # fmt: skip
+    notes = check_sets(texts, tokenizer=config.data.tokenizer, vocab_size=config.model.vocab_size)
     environment = rank_environment()
     here = options.local_ranks or environment.local_world_size
     if options.out is None and here < num_ranks and any(text.settings.format != "indexed" for text in texts):
@@ -123,6 +141,8 @@ def _prepare(options: argparse.Namespace, newest: Path, num_ranks: int) -> tuple
     )  # fmt: skip
     if results.is_complete:
         raise _NothingToDo(results.tree)
+    for note in notes if environment.rank == 0 else ():
+        print(f"megamoe: note: {note}", file=sys.stderr)
     if options.out is not None and environment.rank == 0:
         results.write(options.out)
     return config, {

@@ -33,13 +33,17 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def import_folder(folder: Path, out: Path, *, progress: Callable[[BytesDone], None] | None = None) -> Path:
+def import_folder(
+    folder: Path, out: Path, *, keeps_tokenizer: bool = True, progress: Callable[[BytesDone], None] | None = None
+) -> Path:
     """Write the folder's model, as it is stored, and its tokenizer as the run `out`; returns the checkpoint.
 
     Nothing is compared with transformers: `megamoe convert from-hf` does. Raises ConversionError for what cannot be.
     """
     their_config = read_hf_config(folder)
-    config, files = with_tokenizer(from_hf_config(their_config), folder, out)
+    config, files = from_hf_config(their_config), {}
+    if keeps_tokenizer:
+        config, files = with_tokenizer(config, folder, out)
     source = open_source(folder)
     try:
         table = conversion(config, their_config, stored=source.tensors)

@@ -69,10 +69,14 @@ def describe_file(path: str, size_bytes: int, modified_ns: int) -> dict[str, Any
     entry: dict[str, Any] = {"path": path, "size_bytes": size_bytes}
     if size_bytes > HASHED_FILE_BYTES:
         return {**entry, "modified_ns": modified_ns}
+    digest = hashlib.sha256()
     try:
-        return {**entry, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        with open(path, "rb") as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return {**entry, "sha256": digest.hexdigest()}
 
 
 def find_sources(patterns: Iterable[str]) -> tuple[Source, ...]:

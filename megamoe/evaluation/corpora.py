@@ -5,7 +5,7 @@ with a set either.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,25 @@ def open_set(
         document_bytes = np.memmap(_bytes_path(prefix), dtype="<i8", mode="r", shape=(corpus.num_documents,))
     plan = plan_windows(corpus, text.settings, end_of_document_id=end or 0, vocab_size=vocab_size)
     return OpenSet(text, plan, table, document_bytes, tuple(notes))
+
+
+def check_sets(texts: Sequence[TextSet], *, tokenizer: TokenizerConfig, vocab_size: int) -> list[str]:
+    """Before any rank is started: indexed sets open and fit the model, and a tokenizer for the others is there.
+
+    Returns what the user should hear of. Raises DataError.
+    """
+    notes = []
+    for text in texts:
+        if text.settings.format == "indexed":
+            notes += open_set(text, Path(), tokenizer=tokenizer, vocab_size=vocab_size).notes
+    if any(text.settings.format != "indexed" for text in texts):
+        built = usable_tokenizer(tokenizer, vocab_size)
+        if built.vocab_size < vocab_size // 2:
+            notes.append(
+                f"the tokenizer (data.tokenizer.kind {built.kind}) has {built.vocab_size} ids, the model {vocab_size}: "
+                "if it is not the model's own, results mean nothing"
+            )
+    return notes
 
 
 def usable_tokenizer(config: TokenizerConfig, vocab_size: int) -> Tokenizer:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ class Evaluation:
                 )
                 for number, prefix in prefixes.items()
             }
-            self._say(note for each in opened.values() for note in each.notes)
             for place, (entry, numbers) in enumerate(waiting, start=1):
                 if entry["folder"] != loaded:
                     load_model(self.model, Path(entry["folder"]))
@@ -152,7 +151,3 @@ class Evaluation:
         finally:
             if self.speaks and (self.out is None or self.results.is_complete):
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _say(self, notes: Iterator[str] | Sequence[str]) -> None:
-        for note in notes if self.speaks else ():
-            print(f"megamoe: note: {note}", file=sys.stderr, flush=True)

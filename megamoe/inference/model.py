@@ -195,7 +195,7 @@ def build_forward_model(config: Config, checkpoint: Path, device: torch.device) 
     """
     cpu_bridge.apply()
     groups = create_groups(config.parallel)
-    statistics, evaluation = LoadStatistics(), EvaluationMode(drop_tokens=False)
+    statistics, evaluation = LoadStatistics(), EvaluationMode(drop_tokens=False, has_losses=False)
     balance_bias = BalanceBias(config.moe.balance_bias_update_rate, device)
     decoding = Decoding(hides_padding=True)
     (chunk,) = build_model_chunks(

@@ -10,12 +10,13 @@ from megamoe.config.schema import Config
 from megamoe.config.validation import validate
 from megamoe.errors import ConfigError
 
-# What a layout was for in training has no use here, or cannot be had with texts of any length.
+# What a layout was for in training has no use here, or cannot be had with texts of any length. ZeRO has nothing to
+# cut; its stage 1 is the one that goes with every precision.
 _ONE_RANK = (
     "parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1", "parallel.expert_parallel_size=1",
     "parallel.virtual_pipeline_parallel_size=1", "parallel.expert_tensor_parallel_size=1",
     "parallel.sequence_parallel=false", "parallel.all_to_all=flat", "parallel.all_to_all_chunks=1",
-    "parallel.ranks_per_node=null", "parallel.zero_stage=0", "parallel.recompute=none",
+    "parallel.ranks_per_node=null", "parallel.zero_stage=1", "parallel.recompute=none",
     "optimizer.name=sgd", "optimizer.momentum=0.0", "optimizer.expert_lr_scale=1.0", "guard.action=disabled",
 )  # fmt: skip
 _SECTIONS = ("parallel.", "run.", "moe.eval_capacity_", "data.tokenizer", "checkpoint.verify")

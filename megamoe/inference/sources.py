@@ -11,10 +11,13 @@ from megamoe.launch.environment import rank_environment
 
 
 @contextmanager
-def model_checkpoint(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
+def model_checkpoint(
+    path: Path, *, scratch: Path | None = None, keeps_tokenizer: bool = True
+) -> Iterator[Path]:
     """The checkpoint that `path` means. A Hugging Face folder is imported, into a folder that is removed at the end.
 
-    scratch: where that folder is made, with room for the model. Raises ConfigError where `path` is none of them, and
+    scratch: where that folder is made, with room for the model. keeps_tokenizer: false where another one is named, so
+    that its own may be one that megamoe cannot read. Raises ConfigError where `path` is none of them, and
     where each of several ranks would import it; ConversionError for a model that megamoe cannot express.
     """
     from megamoe.convert.hf_folders import import_folder, is_hf_folder
@@ -28,4 +31,4 @@ def model_checkpoint(path: Path, *, scratch: Path | None = None) -> Iterator[Pat
             f"from-hf {path} RUN, and name RUN here"
         )
     with tempfile.TemporaryDirectory(prefix="megamoe-imported-", dir=scratch) as folder:
-        yield import_folder(path, Path(folder) / "run")
+        yield import_folder(path, Path(folder) / "run", keeps_tokenizer=keeps_tokenizer)

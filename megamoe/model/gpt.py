@@ -25,6 +25,7 @@ from megamoe.model.decoding import Decoding, keep_places
 from megamoe.model.embedding import RotaryPositions, TokenEmbedding
 from megamoe.model.norms import FullNorm, HeadNorm, Norm
 from megamoe.model.parallel import ParallelGroups
+from megamoe.model.token_nats import token_nats
 from megamoe.model.transformer_config import PRECISION_DTYPE, transformer_config
 from megamoe.moe.balance_bias import BalanceBias
 from megamoe.moe.exchange import Exchange
@@ -61,7 +62,8 @@ class GPT(GPTModel):
             **kwargs,
         )
         self.decoding, self.num_tokens_known = decoding, model.vocab_size
-        self.first_row = self.vocab_size // groups.grid.tensor * groups.coordinates.tensor  # of the output layer's
+        self.tensor_group, self.tensor_size = groups.tensor, groups.grid.tensor
+        self.first_row = self.vocab_size // self.tensor_size * groups.coordinates.tensor  # of the output layer's
         if model.position_embedding == "rope":
             self.rotary_pos_emb = RotaryPositions(
                 decoding=decoding,
@@ -91,15 +93,25 @@ class GPT(GPTModel):
         """Megatron's output layer and loss; where only some results are wanted, of those alone."""
         if self.post_process and self.decoding.kept is not None:
             hidden_states = keep_places(hidden_states, self.decoding.kept)
+        if self.post_process and self.decoding.hides_padding and kwargs.get("labels") is not None:
+            return self._token_nats(hidden_states, kwargs["labels"])
         output = super()._postprocess(hidden_states=hidden_states, **kwargs)
         if self.post_process and kwargs.get("labels") is None:
             self._hide_padding(output)
         return output
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, V/t] -> nats [b, s]."""
-        self._hide_padding(logits)
-        return super().compute_language_model_loss(labels, logits)
+    def _token_nats(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """hidden [s, b, h], labels [b, s] -> nats fp32 [b, s], without gradients."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return token_nats(
+            hidden_states,
+            labels,
+            lambda rows: self.output_layer(rows, weight=weight)[0],
+            num_local_rows=self.vocab_size // self.tensor_size,
+            first_row=self.first_row,
+            num_tokens_known=self.num_tokens_known,
+            group=self.tensor_group,
+        )
 
     def _hide_padding(self, logits: Tensor) -> None:
         """Make the rows that fill the vocabulary up impossible in this slice [..., V/t], if that is asked for."""

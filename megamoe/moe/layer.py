@@ -55,10 +55,12 @@ class ExpertParallel:
 class EvaluationMode:
     """How MoE layers behave outside training; one instance is shared by the layers of a rank.
 
-    With `drop_tokens` off experts take all tokens: what a text is continued with must not depend on its padding.
+    With `drop_tokens` off experts take all tokens: what a text is continued with must not depend on its padding. With
+    `has_losses` off the losses of routing, which cost collectives, are not computed, and only drops are counted.
     """
 
     drop_tokens: bool = True
+    has_losses: bool = True
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,10 @@ class MoELayer(DeepSpeedMoE):
             scale=config.routed_scaling_factor,
             place_of_expert=self.context.parallel.exchange.place_of_expert(self.num_experts, x.device),
         )
+        if not self.training and not self.context.evaluation.has_losses:
+            if self.context.evaluation.drop_tokens:
+                self.context.statistics.record(self.layer, routing, x.new_zeros(()))
+            return routing, []
         groups = num_sequences if config.balance_loss_scope == "sequence" else 1
         share = self._choice_share(choice.expert_index, groups)
         balance = balance_loss(

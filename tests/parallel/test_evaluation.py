@@ -26,6 +26,7 @@ from megamoe.evaluation.sets import EvaluationSet, TextSet
 from megamoe.evaluation.sums import Sums, set_result
 from megamoe.inference.model import ForwardModel, build_forward_model
 from megamoe.inference.settings import forward_config
+from megamoe.model import token_nats as token_nats_module
 from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
 from megamoe.training.held_out import held_out
 from megamoe.training.restore import load_weights
@@ -138,6 +139,8 @@ def validation(size: int, root: str, checkpoint: Path) -> dict[str, Any]:
 
 def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
+    for constant, value in (("FEWEST_ROWS", 5), ("LOGIT_BYTES", 1), ("CACHE_BYTES", 3 * 4 * VOCAB)):
+        setattr(token_nats_module, constant, value)  # many pieces, the last one smaller
     for name in MODELS:
         checkpoint = checkpoints_path(Path(root) / name / "run") / checkpoint_name(0)
         for layout, settings in layouts_of(name, size).items():
@@ -149,6 +152,13 @@ def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
                 model.close()
         if name == "custom" and size == 2:
             found[name, "validation"] = validation(size, root, checkpoint)
+            for precision in ("bf16", "fp16"):
+                config = forward_config(checkpoint, (*parallel(ep=2), f"run.precision={precision}"), num_ranks=size)
+                with world(config) as device:
+                    model, sums = build_forward_model(config, checkpoint, device), Sums()
+                    score_set(model, opened(root, "documents"), sums, (0, 0), lambda sums, place: None)
+                    found[name, precision] = {"documents sums": sums.to_json()}
+                    model.close()
     return found
 
 
@@ -226,6 +236,13 @@ def test_the_standard_error_is_that_of_whole_documents(outcomes):
     ours = Sums.from_json(outcomes["ours"]["llama", "one"]["documents sums"])
     assert ours.num_units == len(LENGTHS)
     assert ours.standard_error == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 2e-3)])
+def test_sixteen_bits_are_near(precision, tolerance, outcomes):
+    found = Sums.from_json(outcomes["ours"]["custom", precision]["documents sums"])
+    assert found.nats == pytest.approx(outcomes["theirs"]["custom"]["documents"].sum(), rel=tolerance)
+    assert found.nats != Sums.from_json(outcomes["ours"]["custom", "ep2"]["documents sums"]).nats
 
 
 def test_blocks_are_scored_as_training_validates_drops_included(outcomes):

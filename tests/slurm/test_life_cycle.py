@@ -108,7 +108,7 @@ def test_a_dry_run_asks_slurm(site, capsys):
 
 @pytest.mark.slow
 def test_the_scripts_for_those_who_submit_themselves(site):
-    """train.sbatch and convert.sbatch as they are shipped, from the root of the repository."""
+    """train.sbatch, convert.sbatch and evaluate.sbatch as they are shipped, from the root of the repository."""
     scripts = ROOT / "launch_scripts" / "slurm"
     common = ["sbatch", "--parsable", f"--chdir={ROOT}", "--constraint=steady", f"--output={site.folder}/plain-%j.out"]
     run = site.folder / "plain"
@@ -127,6 +127,15 @@ def test_the_scripts_for_those_who_submit_themselves(site):
     state = site.lab.wait_for_end(job_id)
     assert state == "COMPLETED", (site.folder / f"plain-{job_id}.out").read_text()
     assert (site.folder / "converted" / "config.json").exists()
+    results = site.folder / "results.json"
+    job_id = site.lab.command(
+        *common, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", str(scripts / "evaluate.sbatch"), str(run),
+        "--text", str(site.folder / "text"), "--out", str(results), "run.device=cpu", "parallel.expert_parallel_size=2",
+    )  # fmt: skip
+    state = site.lab.wait_for_end(job_id)
+    assert state == "COMPLETED", (site.folder / f"plain-{job_id}.out").read_text()
+    assert json.loads(results.read_text())["models"][0]["step"] == 3
+    assert json.loads(results.read_text())["is_complete"]
 
 
 def test_a_job_that_is_cancelled_does_not_come_back(site):
