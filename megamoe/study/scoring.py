@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.errors import MegamoeError, TrainingInterrupted
-from megamoe.evaluation.results import read_results
+from megamoe.evaluation.results import Results, read_results
 from megamoe.progress import StatusLine
 from megamoe.report.values import duration
 from megamoe.study.ladder import StudyRun
 from megamoe.study.points import Point, SetScore
 from megamoe.study.processes import last_message, run_command
 from megamoe.study.schema import StudySettings
-from megamoe.study.states import costs_of, saved_steps
+from megamoe.study.states import costs_of, saved_checksums, saved_steps
 from megamoe.study.training import INTERRUPTED, LOGS, Failure
 
 RESULTS = "evaluations"  # the folder of results beside the runs
@@ -67,20 +67,31 @@ def _is_wanted(run: StudyRun, steps: Sequence[int], folder: Path) -> bool:
         return True
     if results is None or not results.is_complete:
         return True
-    return not set(steps) <= {model["step"] for model in results.tree["models"]}
+    return not set(steps) <= _scored(run, results).keys()
+
+
+def _scored(run: StudyRun, results: Results) -> dict[int, Mapping[str, Any]]:
+    """By step, what is whole and of the run as it stands: one that was trained anew has other checkpoints. Those that
+    were removed to free the disk keep their results."""
+    saved = saved_checksums(run)
+    return {
+        model["step"]: model
+        for model in results.tree["models"]
+        if model["is_complete"] and saved.get(model["step"], model["manifest_checksum"]) == model["manifest_checksum"]
+    }
 
 
 def collect_points(runs: Sequence[StudyRun], folder: Path, *, vocab_size: int | None) -> list[Point]:
     """A point for each checkpoint of `eval_steps` that is scored, in the order of runs and steps.
 
-    vocab_size: of the paper's formula. Raises OutputError for a file that is no results.
+    vocab_size: of the paper's formula. Raises OutputError for a file that is no results, CheckpointError for a manifest that is damaged.
     """
     points = []
     for run in runs:
         results = read_results(results_path(run, folder))
         if results is None:
             continue
-        models = {model["step"]: model for model in results.tree["models"] if model["is_complete"]}
+        models = _scored(run, results)
         costs = costs_of(run, run.eval_steps)
         for step in run.eval_steps:
             if step in models:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megamoe.checkpoint.files import read_small
 from megamoe.checkpoint.folders import complete_checkpoints, step_of
+from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from megamoe.runs.metrics import METRICS_FILE, read_metrics
 from megamoe.study.ladder import StudyRun
 
@@ -25,6 +27,17 @@ def saved_steps(run: StudyRun) -> list[int]:
     """Steps of complete checkpoints, ascending."""
     found = complete_checkpoints(run.dir / "checkpoints")
     return sorted(step for path in found if (step := step_of(path.name)) is not None)
+
+
+def saved_checksums(run: StudyRun) -> dict[int, str]:
+    """By step, what tells one save from another. Raises CheckpointError for a manifest that is damaged."""
+    found = {}
+    for path in complete_checkpoints(run.dir / "checkpoints"):
+        manifest = path / MANIFEST
+        step = step_of(path.name)
+        if step is not None:
+            found[step] = Manifest.from_bytes(read_small(manifest, MAX_MANIFEST_BYTES), str(manifest)).checksum
+    return found
 
 
 def is_trained(run: StudyRun) -> bool:
