@@ -84,7 +84,7 @@ def _scored(run: StudyRun, results: Results) -> dict[int, Mapping[str, Any]]:
 def collect_points(runs: Sequence[StudyRun], folder: Path, *, vocab_size: int | None) -> list[Point]:
     """A point for each checkpoint of `eval_steps` that is scored, in the order of runs and steps.
 
-    vocab_size: of the paper's formula. Raises OutputError for a file that is no results, CheckpointError for a manifest that is damaged.
+    vocab_size: of the paper's formula. Raises OutputError for a file that is no results.
     """
     points = []
     for run in runs:

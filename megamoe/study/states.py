@@ -1,5 +1,6 @@
 """Where each run of a study stands, read from its folder, and what it has cost so far. No torch."""
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 from megamoe.checkpoint.files import read_small
 from megamoe.checkpoint.folders import complete_checkpoints, step_of
 from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+from megamoe.errors import CheckpointError
 from megamoe.runs.metrics import METRICS_FILE, read_metrics
 from megamoe.study.ladder import StudyRun
 
@@ -30,12 +32,14 @@ def saved_steps(run: StudyRun) -> list[int]:
 
 
 def saved_checksums(run: StudyRun) -> dict[int, str]:
-    """By step, what tells one save from another. Raises CheckpointError for a manifest that is damaged."""
+    """By step, what tells one save from another; a damaged one is left out, evaluating it will say why."""
     found = {}
     for path in complete_checkpoints(run.dir / "checkpoints"):
         manifest = path / MANIFEST
         step = step_of(path.name)
-        if step is not None:
+        if step is None:
+            continue
+        with contextlib.suppress(CheckpointError):
             found[step] = Manifest.from_bytes(read_small(manifest, MAX_MANIFEST_BYTES), str(manifest)).checksum
     return found
 
