@@ -27,7 +27,7 @@ class LadderModel(Section):
 
 
 class EvaluationSettings(Section):
-    """What every checkpoint is scored on. Experts drop no token unless `settings` say so."""
+    """What every checkpoint is scored on. Experts drop no token then."""
 
     sets: str  # a file of `megamoe evaluate`
     settings: tuple[str, ...] = ()  # section.key=value, as run.micro_batch_size=16
