@@ -29,8 +29,8 @@ def rules(study: StudySettings, runs: Sequence[StudyRun]) -> list[str]:
         + ". They were chosen beforehand, not tuned for each model.",
         f"Models may differ in {', '.join((*MAY_DIFFER, *study.may_differ))} (a dot at the end: all of a section). "
         "Anything else that differed would have been refused.",
-        f"Evaluation: the sets of {study.evaluation.sets}, in blocks or document by document as that file says; experts "
-        "drop no token there.",
+        f"Evaluation: the sets of {study.evaluation.sets}, in blocks or document by document as that file says; there "
+        "experts drop no token.",
     ]
     if any(run.config.moe.num_experts and not run.config.moe.dropless for run in runs):
         texts.append(
