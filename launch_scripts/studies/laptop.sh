@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of laptop.yaml from nothing: builds its texts from Debian's documentation packages (apt-get and dpkg-deb are
+# The study of laptop.yaml, where megamoe is installed: builds its texts from Debian's documentation packages (apt-get and dpkg-deb are
 # needed, nothing is installed), tokenizes them, trains 11 runs, evaluates them, writes runs/laptop/index.html.
 # Run again, it goes on where it was; options go to `megamoe study`.
 #
@@ -8,7 +8,7 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 cd "$root"
-use_environment
+find_environment
 
 data=runs/study_corpus
 [[ -f $data/essays.jsonl ]] || "$python" tools/make_study_corpus.py --output "$data"

@@ -163,7 +163,7 @@ def _speedup(
     place = {id(each): index for index, each in enumerate(candidates)}
     sides = [_chosen(candidates, family, cost, method) for family in (settings.baseline, settings.compared)]
     curves = [_curve(side, [each.loss for each in side], cost, method) if side else None for side in sides]
-    reason = _no_number(curves, settings, cost)
+    reason = _no_number(curves, settings, cost, method)
     if reason:
         none = np.empty(0)
         return Speedup(domain, cost, method, none, none, none, none, none, none, reason)
@@ -179,10 +179,14 @@ def _speedup(
     return Speedup(domain, cost, method, targets, base.cost_at(targets), other.cost_at(targets), low, high, shares)
 
 
-def _no_number(curves: Sequence[Curve | PowerLaw | None], settings: AnalysisSettings, cost: str) -> str:
+def _no_number(
+    curves: Sequence[Curve | PowerLaw | None], settings: AnalysisSettings, cost: str, method: str
+) -> str:
     for curve, family in zip(curves, (settings.baseline, settings.compared), strict=True):
+        if curve is None and method == "fit":
+            return f"{family} has no power law: it takes three costs at least, and losses that fall"
         if curve is None:
-            return f"{family} has too few points with {cost}"
+            return f"{family} has no point whose {cost.replace('_', ' ')} are known"
     base, other = (curve for curve in curves if curve is not None)
     if min(base.worst, other.worst) <= max(base.best, other.best):
         return (

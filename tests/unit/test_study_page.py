@@ -113,7 +113,7 @@ def test_cards_and_words_tell_the_factor(pages):
 def test_texts_of_others_are_text(pages):
     text = (pages / "troubled.html").read_text()
     assert HOSTILE not in text and "&lt;script&gt;alert(&quot;x&quot;)" in text
-    assert "moe has too few points with paper_flops" in text
+    assert "moe has no point whose paper flops are known" in text and "moe has no power law: it takes" in text
 
 
 def test_the_table_has_a_row_for_each_target():
