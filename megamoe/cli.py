@@ -24,6 +24,7 @@ from megamoe.plan_commands import add_plan_commands
 from megamoe.preflight_commands import add_preflight_commands
 from megamoe.prime_commands import add_prime_commands
 from megamoe.report_commands import add_report_commands
+from megamoe.study_commands import add_study_commands
 from megamoe.submit_commands import add_submit_commands
 from megamoe.surgery_commands import add_surgery_commands
 from megamoe.train_start import add_start_arguments, start_training
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate_commands(commands)
     add_report_commands(commands)
     add_generate_commands(commands)
+    add_study_commands(commands)
     return parser
 
 

@@ -229,6 +229,8 @@ def accepted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is tuple:
         count = "a list" if arguments[-1] is Ellipsis else f"a list of {len(arguments)}"
         return f"{count}, each {accepted(arguments[0])}"
+    if origin is Mapping:
+        return "a group of settings"
     if _is_section(annotation):
         return f"a group of {', '.join(annotation.model_fields)}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}

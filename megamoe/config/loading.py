@@ -111,6 +111,19 @@ def override_config(config: Config, overrides: Sequence[str], where: str) -> Con
     return resolve([Layer(config.model_dump(mode="json"), where), *layers_of(None, overrides)])
 
 
+def layered_config(trees: Sequence[tuple[Mapping[str, Any], str]]) -> Config:
+    """The configuration of several trees, each with what holds it for messages, the later ones above. The first may
+    name a preset. Raises ConfigError as `load_config`."""
+    layers = []
+    for tree, where in trees:
+        own = dict(tree)
+        if not layers and "preset" in own:
+            name = str(own.pop("preset"))
+            layers.append(Layer(preset_tree(name, where), f"preset {name}"))
+        layers.append(Layer(own, where))
+    return resolve(layers)
+
+
 def checked_settings(kind: type[Settings], tree: Any, where: str) -> Settings:
     """`tree`, which came from `where`, as settings of another schema. Raises ConfigError as `load_config`."""
     check_keys(tree, where, kind, root=kind)

@@ -47,6 +47,9 @@ MAY_IMPORT = {
     "evaluate_commands": {"errors", "arguments", "config", "launch", "inference", "evaluation"},
     "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
+    "study": {"errors", "progress", "config", "topology", "checkpoint", "launch", "data", "runs", "pictures", "plan",
+              "dry_run", "report", "evaluation"},
+    "study_commands": {"errors", "arguments", "config", "study"},
     "hf": set(),
     "pictures": set(),
     "report": {"errors", "config", "topology", "checkpoint", "runs", "pictures"},
@@ -67,7 +70,8 @@ MAY_IMPORT = {
     "cli": {"errors", "arguments", "host_memory", "config", "topology", "launch", "training", "data", "checkpoint",
             "runs", "attempt_commands", "preflight_commands", "checkpoint_commands", "convert_commands",
             "generate_commands", "plan_commands", "report_commands", "submit_commands", "surgery_commands",
-            "finetune_commands", "evaluate_commands", "prime_commands", "train_start"},
+            "finetune_commands", "evaluate_commands", "prime_commands", "study_commands",
+            "train_start"},
     "train_start": {"errors", "arguments", "host_memory", "config", "launch", "training", "runs", "attempt_commands"},
     "finetune_commands": {"errors", "config", "topology", "data", "launch", "checkpoint", "runs", "training",
                           "train_start"},
@@ -89,7 +93,7 @@ TORCH_FREE = ("cli", "phases", "runs", "sinks", "watchdog", "attempt_commands", 
               "topology", "plan", "launch", "data", "checkpoint", "checkpoint_commands", "convert", "surgery",
               "surgery_commands", "convert_commands", "plan_commands", "pictures", "report", "report_commands",
               "submit", "submit_commands", "train_start", "finetune_commands", "generate_commands",
-              "prime_commands", "evaluate_commands")
+              "prime_commands", "evaluate_commands", "study", "study_commands")
 IMPORTS_TORCH = {"torch", "deepspeed", "megatron", "transformers", "safetensors.torch", "apex"}
 
 

@@ -1,0 +1,119 @@
+"""Evaluate the checkpoints of a study's runs with `megamoe evaluate`, and make points of what it found. No torch."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megamoe.errors import MegamoeError, TrainingInterrupted
+from megamoe.evaluation.results import Results, read_results
+from megamoe.progress import StatusLine
+from megamoe.report.values import duration
+from megamoe.study.ladder import StudyRun
+from megamoe.study.points import Point, SetScore
+from megamoe.study.processes import last_message, run_command
+from megamoe.study.schema import StudySettings
+from megamoe.study.states import costs_of, saved_checksums, saved_steps
+from megamoe.study.training import INTERRUPTED, LOGS, Failure
+
+RESULTS = "evaluations"  # the folder of results beside the runs
+STOP_SECONDS = 60.0
+
+
+def results_path(run: StudyRun, folder: Path) -> Path:
+    return folder / RESULTS / f"{run.name}.json"
+
+
+def score_runs(
+    runs: Sequence[StudyRun], study: StudySettings, folder: Path, *, held: Sequence[int]
+) -> list[Failure]:
+    """Evaluate what is saved and not yet scored; returns what failed. Raises TrainingInterrupted."""
+    failures, status = [], StatusLine(sys.stderr)
+    for place, run in enumerate(runs, 1):
+        saved = saved_steps(run)
+        steps = [step for step in run.eval_steps if step in saved]
+        if not steps or not _is_wanted(run, steps, folder):
+            continue
+        name = f"evaluation {place} of {len(runs)}: {run.name}, {len(steps)} checkpoints"
+        words = [
+            "evaluate", str(run.dir), "--steps", ",".join(map(str, steps)), "--sets", study.evaluation.sets, "--out",
+            str(results_path(run, folder)), *study.evaluation.settings,
+        ]  # fmt: skip
+        words += ["--local-ranks", str(study.local_ranks)] if study.local_ranks else []
+        log, started = folder / LOGS / f"{run.name}.evaluate.log", time.monotonic()
+
+        def poll(name: str = name, started: float = started) -> None:
+            if status.is_due:
+                status.show(f"{name}, {duration(time.monotonic() - started)} so far")
+
+        code = run_command(words, log, poll=poll, stop_seconds=STOP_SECONDS, held=held)
+        if code in (INTERRUPTED, 130):
+            status.end()
+            raise TrainingInterrupted("the evaluation was asked to stop: the same command goes on from there")
+        if code:
+            failures.append(Failure(run.name, "evaluation", code, last_message(log), str(log)))
+        took = duration(time.monotonic() - started)
+        status.end(f"{name}: {f'failed, {failures[-1].message}' if code else f'done, {took}'}")
+    return failures
+
+
+def _is_wanted(run: StudyRun, steps: Sequence[int], folder: Path) -> bool:
+    """Whether something is left to score; `megamoe evaluate` itself judges whether results are of the same sets."""
+    try:
+        results = read_results(results_path(run, folder))
+    except MegamoeError:
+        return True
+    if results is None or not results.is_complete:
+        return True
+    return not set(steps) <= _scored(run, results).keys()
+
+
+def _scored(run: StudyRun, results: Results) -> dict[int, Mapping[str, Any]]:
+    """By step, what is whole and of the run as it stands: one that was trained anew has other checkpoints. Those that
+    were removed to free the disk keep their results."""
+    saved = saved_checksums(run)
+    return {
+        model["step"]: model
+        for model in results.tree["models"]
+        if model["is_complete"] and saved.get(model["step"], model["manifest_checksum"]) == model["manifest_checksum"]
+    }
+
+
+def collect_points(runs: Sequence[StudyRun], folder: Path, *, vocab_size: int | None) -> list[Point]:
+    """A point for each checkpoint of `eval_steps` that is scored, in the order of runs and steps.
+
+    vocab_size: of the paper's formula. Raises OutputError for a file that is no results.
+    """
+    points = []
+    for run in runs:
+        results = read_results(results_path(run, folder))
+        if results is None:
+            continue
+        models = _scored(run, results)
+        costs = costs_of(run, run.eval_steps)
+        for step in run.eval_steps:
+            if step in models:
+                tokens, cost = step * run.tokens_per_step, costs[step]
+                points.append(
+                    Point(
+                        run.model.name, run.model.family, run.seed, step, tokens, step == run.config.run.num_steps,
+                        run.paper_flops(tokens, vocab_size), run.model_flops(tokens), cost.seconds,
+                        cost.peak_memory_bytes, run.num_parameters, run.num_active_parameters, _scores(models[step]),
+                    )
+                )  # fmt: skip
+    return points
+
+
+def _scores(model: Mapping[str, Any]) -> dict[str, SetScore]:
+    found = {}
+    for each in model["sets"]:
+        error, size = each["nats_per_token_standard_error"], each["num_text_bytes"]
+        # bits a byte are nats a token but for a factor that the text fixes
+        factor = each["num_tokens"] / (math.log(2) * size) if size else None
+        found[each["name"]] = SetScore(
+            each["domain"], each["num_tokens"], each["nats_per_token"], error, each["bits_per_byte"],
+            None if error is None or factor is None else error * factor,
+        )  # fmt: skip
+    return found

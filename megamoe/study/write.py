@@ -1,0 +1,106 @@
+"""What a study leaves behind: study.jsonl, speedup.csv and index.html, each replaced as one act. No torch."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megamoe.checkpoint.files import replace_file
+from megamoe.errors import OutputError
+from megamoe.study.html import html_study
+from megamoe.study.ladder import StudyRun
+from megamoe.study.pictures import METHOD_NAMES, domain_name
+from megamoe.study.points import POINTS_FILE, Point, write_points
+from megamoe.study.schema import StudySettings
+from megamoe.study.scoring import collect_points
+from megamoe.study.speedup import Speedup, analyse
+from megamoe.study.states import is_trained
+from megamoe.study.training import Failure
+
+SPEEDUP_FILE, PAGE = "speedup.csv", "index.html"
+COLUMNS = (
+    "domain", "cost", "method", "target_nats_per_token", "baseline_cost", "compared_cost", "factor", "low", "high",
+    "share_of_replicates",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Written:
+    """Lines for the reader; whether every run is trained and evaluated at all its checkpoints."""
+
+    lines: tuple[str, ...]
+    is_complete: bool
+
+
+def write_study(study: StudySettings, runs: Sequence[StudyRun], failures: Sequence[Failure]) -> Written:
+    """Raises OutputError where the folder cannot be written, or a file of results is none."""
+    folder = study.folder
+    points = collect_points(runs, folder, vocab_size=study.analysis.compute_vocab_size)
+    factors = analyse(points, study.analysis)
+    missing = _missing(runs, points)
+    page = html_study(study, runs, points, factors, failures, missing)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_points(folder / POINTS_FILE, points)
+        replace_file(folder / SPEEDUP_FILE, csv_text(factors).encode())
+        replace_file(folder / PAGE, page.encode())
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written ({error.strerror}): choose another folder with --out") from None
+    lines = [*(f"missing: {text}" for text in missing), *headline(study, factors)]
+    lines += [str(folder / name) for name in (POINTS_FILE, SPEEDUP_FILE, PAGE)]
+    return Written(tuple(lines), not missing)
+
+
+def _missing(runs: Sequence[StudyRun], points: Sequence[Point]) -> list[str]:
+    """Runs, and checkpoints of them, that the report does without."""
+    there = {(point.model, point.seed, point.step) for point in points}
+    found = []
+    for run in runs:
+        steps = [step for step in run.eval_steps if (run.model.name, run.seed, step) not in there]
+        if steps and not is_trained(run):
+            found.append(f"{run.name} is not trained to its end")
+        elif steps:
+            found.append(f"{run.name} is not evaluated at steps {', '.join(map(str, steps))}")
+    return found
+
+
+def headline(study: StudySettings, factors: Sequence[Speedup]) -> list[str]:
+    """One line for each domain: the factor in compute and in time, or why there is none."""
+    lines = []
+    for each in factors:
+        if each.method == "trained" and each.cost in ("paper_flops", "train_seconds"):
+            what = {"paper_flops": "compute", "train_seconds": "time"}[each.cost]
+            lines.append(f"{domain_name(each.domain)}, {what}: {told(each, study)}")
+    return lines
+
+
+def told(each: Speedup, study: StudySettings) -> str:
+    """The factor in the middle of the targets, with its interval and the range over all of them."""
+    if not len(each.targets):
+        return f"no factor, {each.reason}"
+    middle = len(each.targets) // 2
+    known = each.factors[~(each.factors != each.factors)]
+    low, high = each.low[middle], each.high[middle]
+    interval = f", {study.analysis.confidence:.0%} interval {low:.2f} to {high:.2f}" if math.isfinite(low) else ""
+    return (
+        f"{study.analysis.baseline} takes {each.factors[middle]:.2f} times what {study.analysis.compared} takes to "
+        f"reach {each.targets[middle]:.3f} nats a token{interval}; over all targets {known.min():.2f} to "
+        f"{known.max():.2f}, {METHOD_NAMES[each.method]}"
+    )
+
+
+def csv_text(factors: Sequence[Speedup]) -> str:
+    """A row for each target; numbers with all their digits, empty where there is none."""
+    file = io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for each in factors:
+        columns = (
+            each.targets, each.baseline_costs, each.compared_costs, each.factors, each.low, each.high, each.shares
+        )  # fmt: skip
+        for values in zip(*(column.tolist() for column in columns), strict=True):
+            rows.writerow(
+                [each.domain, each.cost, each.method, *("" if value != value else repr(value) for value in values)]
+            )
+    return file.getvalue()

@@ -1,0 +1,124 @@
+"""The page of a study in a headless Chromium without a network, and what it says of ladders whose answer is known."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from megamoe.study.html import html_study
+from megamoe.study.ladder import study_runs
+from megamoe.study.schema import AnalysisSettings, EvaluationSettings, LadderModel, StudySettings
+from megamoe.study.speedup import analyse
+from megamoe.study.training import Failure
+from megamoe.study.write import csv_text, headline
+from tests.browser import Browser, BrowserMissing
+from tests.unit.study_cases import SIZES, ladder
+
+HOSTILE = '<script>alert("x")</script> & "quotes"'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        started = Browser()
+    except BrowserMissing as error:
+        pytest.skip(str(error))
+    with started:
+        yield started
+
+
+def study_of(**analysis) -> StudySettings:
+    models = tuple(
+        LadderModel(name=f"{family}-{place}", family=family, settings={"model": {"hidden_size": 64 * (place + 1)}})
+        for family in ("dense", "moe") for place in range(len(SIZES))
+    )  # fmt: skip
+    return StudySettings(
+        name="known", num_tokens=4_096_000, common={"preset": "laptop-dense", "data": {"train": [{"path": "nowhere"}]}},
+        models=models, evaluation=EvaluationSettings(sets="sets.yaml"), analysis=AnalysisSettings(**analysis),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> Path:
+    """whole.html of a study that is done, empty.html of one that has nothing, troubled.html of one that failed."""
+    folder = tmp_path_factory.mktemp("pages")
+    study = study_of(num_replicates=100)
+    runs = study_runs(study, "study.yaml")
+    points = ladder(
+        {"dense": 1.0, "moe": 4.0}, seeds={"dense-0": 3, "moe-0": 3}, deviation=0.005, text_se=0.005,
+        out_of_domain={"dense": 1.0, "moe": 2.0},
+    )  # fmt: skip
+    troubles = [Failure("dense-2-seed1", "training", 3, HOSTILE, "x.log")]
+    for name, found, failures, missing in (
+        ("whole", points, [], []), ("empty", [], [], ["everything"]),
+        ("troubled", [point for point in points if point.family == "dense"], troubles, ["moe-0-seed1"]),
+    ):  # fmt: skip
+        text = html_study(study, runs, found, analyse(found, study.analysis), failures, missing)
+        (folder / f"{name}.html").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["whole", "empty", "troubled"])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (360, False)])
+def test_nothing_is_logged_or_asked_for_and_all_fits(browser, pages, tmp_path, name, width, dark):
+    page = browser.open(pages / f"{name}.html", width=width, dark=dark)
+    assert page.run("document.documentElement.scrollWidth") <= width, "no sideways scrolling"
+    ground = page.run("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(20, 23, 27)") == dark
+    assert page.problems == [] and page.requests == []
+    assert page.screenshot(tmp_path / "page.png").stat().st_size > 8_000
+
+
+def test_pictures_hold_what_they_say(browser, pages):
+    page = browser.open(pages / "whole.html")
+    titles = page.run("[...document.querySelectorAll('figure h3')].map(h => h.textContent)")
+    assert titles == [
+        text for domain in ("in domain", "out of domain")
+        for text in (f"Loss {domain}", f"Compute saved {domain}", f"Learning curves {domain}", f"Time saved {domain}")
+    ]  # fmt: skip
+    inside = page.run(
+        "[...document.querySelectorAll('figure svg[role=img]')].every(svg => [...svg.querySelectorAll('circle')]"
+        ".every(c => c.cx.baseVal.value >= 50 && c.cx.baseVal.value <= 620 && c.cy.baseVal.value >= 0 "
+        "&& c.cy.baseVal.value <= 380))"
+    )
+    assert inside, "no point lies outside of its picture"
+    seeds = page.run("document.querySelectorAll('figure')[0].querySelectorAll('svg[role=img] circle title').length")
+    assert seeds == 2 * len(SIZES) + 2 * 2, "every seed of every trained model is a point"
+    assert page.run("document.querySelectorAll('figure')[1].querySelectorAll('.range').length") == 2
+    names = page.run("[...document.querySelectorAll('.end')].map(t => t.textContent)")
+    assert sorted(names) == sorted(2 * [f"{family}-{place}" for family in ("dense", "moe") for place in range(4)])
+    boxes = page.run(
+        "[...document.querySelectorAll('figure')[2].querySelectorAll('.end')].map(t => t.getBoundingClientRect())"
+        ".map(r => [r.top, r.bottom, r.right]).sort((a, b) => a[0] - b[0])"
+    )
+    assert all(one[1] <= other[0] + 4 for one, other in itertools.pairwise(boxes)), "names do not overlap"
+
+
+def test_cards_and_words_tell_the_factor(pages):
+    text = (pages / "whole.html").read_text()
+    start = r"<dt>Compute, dense / moe, in domain</dt>"
+    card = re.search(start + r"<dd>([\d.]+) ×</dd><small>90%: ([\d.]+) to ([\d.]+)", text)
+    factor, low, high = (float(card[group]) for group in (1, 2, 3))
+    assert low < 4.0 < high and factor == pytest.approx(4.0, rel=0.1)
+    assert "90% interval" in text and "parametric bootstrap (seed 0)" in text
+    assert "4 degrees of freedom" in text, "two models of three seeds"
+    study = study_of(num_replicates=0)
+    told = headline(study, analyse(ladder({"dense": 1.0, "moe": 4.0}), study.analysis))
+    assert told[0].startswith("in domain, compute: dense takes 3.9") or told[0].startswith(
+        "in domain, compute: dense takes 4.0"
+    )
+
+
+def test_texts_of_others_are_text(pages):
+    text = (pages / "troubled.html").read_text()
+    assert HOSTILE not in text and "&lt;script&gt;alert(&quot;x&quot;)" in text
+    assert "moe has no point whose paper flops are known" in text and "moe has no power law: it takes" in text
+
+
+def test_the_table_has_a_row_for_each_target():
+    study = study_of(num_replicates=0, num_targets=7)
+    rows = csv_text(analyse(ladder({"dense": 1.0, "moe": 4.0}), study.analysis)).splitlines()
+    assert rows[0].split(",")[:4] == ["domain", "cost", "method", "target_nats_per_token"]
+    assert sum(row.startswith("in_domain,paper_flops,trained,") for row in rows) == 7
+    assert rows[1].split(",")[7:9] == ["", ""], "no replicates, no interval"
