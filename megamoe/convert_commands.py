@@ -34,6 +34,9 @@ def add_convert_commands(commands: Any) -> None:
     to_hf.add_argument(
         "--drops-off", action="store_true", help="accept that a model trained with capacity drops no token any more"
     )
+    to_hf.add_argument(
+        "--cut-vocabulary", action="store_true", help="leave out the rows that are no tokens"
+    )
     to_hf.add_argument("--tokenizer", metavar="PATH", help="the tokenizer's file or folder, where it has moved")
     to_hf.add_argument("--tokenizer-corpus", metavar="TEXT", type=Path, help="prove the tokenizer on this text, too")
     to_hf.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
@@ -92,8 +95,9 @@ def _to_hf(options: argparse.Namespace) -> int:
     if options.architecture is None and architecture.startswith("Megamoe") and not options.json:
         _say("no native class computes this model: it is written for the custom one, whose code travels along")
     their_config = to_hf_config(
-        config, dtype=_HF_DTYPES[dtype], architecture=options.architecture, drops_off=options.drops_off
-    )
+        config, dtype=_HF_DTYPES[dtype], architecture=options.architecture, drops_off=options.drops_off,
+        cut_vocabulary=options.cut_vocabulary,
+    )  # fmt: skip
     table = conversion(config, their_config, drops_off=options.drops_off)
     _say_notes(table, options)
     tokenizer = None

@@ -48,13 +48,14 @@ def choose_architecture(config: Config) -> tuple[str, dict[str, list[str]]]:
 
 
 def to_hf_config(
-    config: Config, *, dtype: str, architecture: str | None = None, drops_off: bool = False
-) -> dict[str, Any]:
+    config: Config, *, dtype: str, architecture: str | None = None, drops_off: bool = False,
+    cut_vocabulary: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """config.json of this model. `dtype` is float32, bfloat16 or float16 (or F32, BF16, F16); None chooses the class.
 
-    `drops_off` accepts that no token is dropped any more where this model drops tokens over capacity. The ids of
-    special tokens are null: they are the tokenizer's to give. Raises ConversionError with what the class cannot
-    express.
+    `drops_off` accepts that no token is dropped any more where this model drops tokens over capacity. `cut_vocabulary`
+    leaves out the rows that fill the vocabulary up: the softmax is then over tokens alone. The ids of special tokens
+    are null: they are the tokenizer's to give. Raises ConversionError with what the class cannot express.
     """
     name = DTYPES.get(dtype, dtype)
     if name not in DTYPES.values():
@@ -68,7 +69,7 @@ def to_hf_config(
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": name,
-        "vocab_size": padded_vocab_size(config.model),
+        "vocab_size": config.model.vocab_size if cut_vocabulary else padded_vocab_size(config.model),
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,

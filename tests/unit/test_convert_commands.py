@@ -42,6 +42,19 @@ def test_there_and_back_is_verified_and_equal_to_the_bit(folders):
     assert json.loads((folders / "back" / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
 
 
+def test_rows_that_are_no_tokens_can_be_left_out(folders, tmp_path):
+    padded, kept, cut = (str(tmp_path / name) for name in ("padded", "kept", "cut"))
+    hf = str(folders / "hf")
+    assert main(["convert", "from-hf", hf, padded, "--vocab-multiple", "64", "--no-tokenizer", "--no-verify"]) == 0
+    assert main(["convert", "to-hf", padded, kept, "--no-tokenizer", "--no-verify"]) == 0
+    assert main(["convert", "to-hf", padded, cut, "--no-tokenizer", "--cut-vocabulary"]) == 0
+    (result,) = json.loads((tmp_path / "cut" / "verification.json").read_text())["results"]
+    assert result["is_good"]
+    theirs, *ours = (load_file(Path(name) / "model.safetensors") for name in (hf, kept, cut))
+    assert [len(each["lm_head.weight"]) for each in ours] == [128, 96]
+    assert all(np.array_equal(theirs[name], ours[1][name]) for name in theirs) and theirs.keys() == ours[1].keys()
+
+
 def test_a_model_that_does_not_fit_is_verified_in_windows_of_layers(folders):
     checkpoint = resolve_checkpoint(folders / "run")
     result = verify(checkpoint, folders / "back", available_bytes=memory_for_two_layers(folders / "run"))
