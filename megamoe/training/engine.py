@@ -54,7 +54,8 @@ class ScheduleEngine(DeepSpeedEngine):
     def _configure_distributed_model(self, model: nn.Module) -> None:
         """Where all experts are frozen their gradients need no groups of their own, which DeepSpeed would insist on."""
         super()._configure_distributed_model(model)
-        if not any(is_moe_param(each) and each.requires_grad for each in self.module.parameters()):
+        experts = [each for each in self.module.parameters() if is_moe_param(each)]
+        if experts and not any(each.requires_grad for each in experts):
             self.has_moe_layers = False
 
     @property
