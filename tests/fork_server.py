@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # as a script it sees its own folder alone
+from tests.slurm.paced import train_with_pace  # noqa: E402
+
 START_SECONDS, TICK_SECONDS = 120.0, 0.02
 MODULES = ("megamoe.training.main", "megamoe.evaluation.worker", "megamoe.cli")
 
@@ -110,6 +113,11 @@ def _watch(connection: socket.socket, path: str) -> NoReturn:
                 os._exit(0)
 
 
+def _pace_of(arguments: list[str]) -> Path:
+    """NAME.pace for `train …/NAME.yaml`, seen from the folder of the command: see `tests.slurm.paced`."""
+    return Path(f"{Path(arguments[1]).stem}.pace" if arguments[0] == "train" else "no.pace")
+
+
 def _become(request: dict[str, Any], ends: list[int], path: str) -> NoReturn:
     code = 1
     try:
@@ -120,6 +128,8 @@ def _become(request: dict[str, Any], ends: list[int], path: str) -> NoReturn:
         from megamoe.study import processes
 
         processes.COMMAND = (sys.executable, __file__, path)
+        if (pace := _pace_of(request["arguments"])).exists():
+            train_with_pace(pace)
         sys.argv = ["megamoe", *request["arguments"]]
         code = cli.main(request["arguments"])
     except SystemExit as error:

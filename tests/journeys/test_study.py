@@ -57,11 +57,14 @@ def without_times(points: list) -> list[dict]:
 
 @pytest.mark.timeout(240)
 def test_a_study_that_was_killed_ends_with_the_same_numbers(server, place):
+    pace = place / "moe-0-seed1.pace"
+    pace.write_text(str(KILLED_AT_STEP))
     killed = server.start(["study", "study.yaml"], cwd=place)
     metrics = place / "runs/tiny/moe-0-seed1/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= KILLED_AT_STEP)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    pace.unlink()  # what it had started has been asked to save, and ends
     assert not (place / "runs/tiny/index.html").exists()
 
     done = server.run(["study", "study.yaml"], cwd=place)
