@@ -46,7 +46,7 @@ def test_a_killed_run_goes_on_as_the_same_run_without_gaps_or_doubles(corpus, tm
     assert [step for each in runs for step in each.steps] == list(range(1, killed_at + 6))
     assert "time/backward_seconds" in runs[-1].history[0]
     saved = [event["step"] for event in read_events(run_dir) if event["kind"] == "save"]
-    assert {10, 20, killed_at + 5} <= set(saved)
+    assert {10, killed_at + 5} <= set(saved)  # that of step 20 may have been killed before it was told of
 
 
 def corpus_of(prefix: Path, tokens: np.ndarray) -> Path:

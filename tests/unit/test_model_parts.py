@@ -1,6 +1,7 @@
 """Positions, attention and norms of the model against the formulas written out."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megamoe.model.attention import CausalAttention
+from megamoe.model.decoding import Decoding
 from megamoe.model.embedding import TokenEmbedding, sinusoid
 from megamoe.model.norms import FullNorm, HeadNorm, Norm
 
@@ -47,21 +49,24 @@ def test_sinusoids_are_fairseqs_table_at_full_length():
 
 
 def test_a_tensor_rank_adds_the_positions_of_its_slice():
-    own = SimpleNamespace(_positions=None, tensor_rank=1)
-    whole = TokenEmbedding._position_slice(own, 8, torch.zeros(8, 3, 6))
-    assert torch.equal(whole, sinusoid(8, 6)), "a rank that has the whole sequence"
-    part = TokenEmbedding._position_slice(own, 8, torch.zeros(4, 3, 6, dtype=torch.bfloat16))
-    assert torch.equal(part, sinusoid(8, 6)[4:].bfloat16())
-    longer = TokenEmbedding._position_slice(own, 12, torch.zeros(12, 3, 6))
-    assert torch.equal(longer, sinusoid(12, 6)), "and when a longer sequence comes later"
-    assert torch.equal(TokenEmbedding._position_slice(own, 5, torch.zeros(5, 3, 6)), sinusoid(5, 6))
+    own = SimpleNamespace(_positions=None, tensor_rank=1, decoding=Decoding())
+    own._position_table = partial(TokenEmbedding._position_table, own)
+
+    def rows(length: int, num_here: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return TokenEmbedding._position_rows(own, length, torch.zeros(num_here, 3, 6, dtype=dtype)).squeeze(1)
+
+    assert torch.equal(rows(8, 8), sinusoid(8, 6)), "a rank that has the whole sequence"
+    assert torch.equal(rows(8, 4, torch.bfloat16), sinusoid(8, 6)[4:].bfloat16())
+    assert torch.equal(rows(12, 12), sinusoid(12, 6)), "and when a longer sequence comes later"
+    assert torch.equal(rows(5, 5), sinusoid(5, 6))
 
 
 # ---------------------------------------------------------------- attention
 
 
 def attention(**options) -> CausalAttention:
-    return CausalAttention(SimpleNamespace(attention_dropout=0.0, sequence_parallel=False), **options)
+    config = SimpleNamespace(attention_dropout=0.0, sequence_parallel=False)
+    return CausalAttention(config, layer_number=1, decoding=Decoding(), **options)
 
 
 def plain_attention(query, key, value, scale: float) -> torch.Tensor:
