@@ -204,6 +204,7 @@ def test_a_first_rank_whose_process_is_gone_is_dead_unless_it_left_in_good_order
 
 def test_a_defect_of_the_watchdog_ends_no_run(tmp_path, monkeypatch, capfd):
     with run_of(2, tmp_path) as (server, ranks):
+        wait_for(lambda: 1 in server.judge.ranks)
         monkeypatch.setattr(ranks[1].watch, "report", lambda: 1 / 0)
         wait_for(lambda: server.judge.ranks[1].has_left)
         time.sleep(2 * SETTINGS.timeout_seconds)
