@@ -4,7 +4,6 @@ Exit codes: 0 all prompts are continued, 1 a rank failed, 2 refused.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,6 +91,8 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def _read(name: str) -> list[str]:
     """The prompts of a file. Raises DataError naming the line that is none."""
+    from megamoe.data.json_text import json_object, text_of
+
     try:
         content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -101,12 +102,5 @@ def _read(name: str) -> list[str]:
         raise DataError(f"{name} holds no prompt")
     if not lines[0][1].lstrip().startswith("{"):
         return [line for _, line in lines]
-    prompts = []
-    for number, line in lines:
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, TypeError, KeyError):
-            prompts.append(None)
-        if not isinstance(prompts[-1], str):
-            raise DataError(f'{name}, line {number} is no JSON object with a text "prompt"')
-    return prompts
+    objects = [(f"{name}, line {number}", line) for number, line in lines]
+    return [text_of(where, json_object(where, line), "prompt") for where, line in objects]

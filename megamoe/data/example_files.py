@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.config.schema import Config
+from megamoe.data.json_text import json_object, text_of
 from megamoe.errors import DataError
 
 _SHOWN_LABELS = 12
@@ -44,7 +45,7 @@ def read_records(paths: Sequence[str], config: Config) -> Iterator[Record]:
         return
     numbers = {name: number for number, name in enumerate(config.finetune.labels)}
     for where, tree in _objects(paths):
-        text = _text(where, tree, "text")
+        text = text_of(where, tree, "text")
         yield Record(where, "", text, _number_of(where, tree, numbers, config.model.num_labels))
 
 
@@ -70,7 +71,7 @@ def _objects(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         is_empty = False
-                        yield f"{path}, line {number}", _object(f"{path}, line {number}", line)
+                        yield f"{path}, line {number}", json_object(f"{path}, line {number}", line)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -79,35 +80,17 @@ def _objects(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"{path} holds no examples: write one JSON object a line")
 
 
-def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is no JSON ({error}): write one JSON object a line") from None
-    if not isinstance(tree, dict):
-        raise DataError(f"{where} is no JSON object: write one JSON object a line")
-    return tree
-
-
-def _text(where: str, tree: dict[str, Any], key: str) -> str:
-    if key not in tree:
-        raise DataError(f'{where} has no "{key}": its keys are {", ".join(tree) or "none"}')
-    if not isinstance(tree[key], str):
-        raise DataError(f'{where}: "{key}" is {json.dumps(tree[key])[:80]}: it must be text')
-    return tree[key]
-
-
 def _of_language_model(where: str, tree: dict[str, Any]) -> Record:
     if "prompt" not in tree and "completion" not in tree:
         if "text" not in tree:
             keys = ", ".join(tree) or "none"
             raise DataError(f'{where} has neither "text" nor "prompt" and "completion": its keys are {keys}')
         return Record(where, "", _filled(where, tree, "text"), None)
-    return Record(where, _text(where, tree, "prompt"), _filled(where, tree, "completion"), None)
+    return Record(where, text_of(where, tree, "prompt"), _filled(where, tree, "completion"), None)
 
 
 def _filled(where: str, tree: dict[str, Any], key: str) -> str:
-    text = _text(where, tree, key)
+    text = text_of(where, tree, key)
     if not text:
         raise DataError(f'{where}: "{key}" is empty: there is nothing to learn')
     return text

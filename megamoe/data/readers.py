@@ -8,13 +8,13 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from megamoe.data.json_text import json_object, text_of
 from megamoe.errors import DataError
 
 TxtDocuments = Literal["blank_line", "file"]
@@ -149,29 +149,9 @@ def document_text(document: RawDocument, json_key: str) -> str:
         column = error.start - document.content.rfind(b"\n", 0, error.start)
         raise DataError(f"{document.path}, line {line}, byte {column}: not UTF-8 ({error.reason})") from error
     if document.kind == "jsonl":
-        text = _json_text(document, text, json_key)
+        where = f"{document.path}, line {document.line}"
+        text = text_of(where, json_object(where, text), json_key, advice="; name another with --json-key")
     return text.replace("\r\n", "\n")
-
-
-def _json_text(document: RawDocument, line: str, json_key: str) -> str:
-    where = f"{document.path}, line {document.line}"
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: no valid JSON ({error})") from error
-    if not isinstance(entry, dict):
-        raise DataError(f"{where}: a JSON {type(entry).__name__} where an object with key {json_key!r} is expected")
-    if json_key not in entry:
-        keys = ", ".join(sorted(entry)[:10]) or "none"
-        raise DataError(f"{where}: no key {json_key!r} (keys here: {keys}); name another with --json-key")
-    text = entry[json_key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {json_key!r} holds a {type(text).__name__} where text is expected")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair, which is no text
-        raise DataError(f"{where}: {json_key!r} holds a lone surrogate at character {error.start}") from error
-    return text
 
 
 def _documents(source: Source, raw: BinaryIO, txt_documents: TxtDocuments) -> Iterator[RawDocument]:

@@ -3,12 +3,12 @@
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megamoe.data.json_text import check_texts, json_object
 from megamoe.errors import DataError
 from megamoe.priming.tasks import DataFile
 
@@ -73,12 +73,8 @@ def _jsonl(text: str, path: Path) -> Iterator[Line]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: no valid JSON ({error})") from None
-            if not isinstance(fields, dict):
-                raise DataError(f"{where}: no JSON object")
+            fields = json_object(where, line)
+            check_texts(where, fields)
             yield Line(where, fields)
 
 

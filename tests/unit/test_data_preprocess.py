@@ -213,7 +213,7 @@ def test_incomplete_and_damaged_outputs_are_written_again(tmp_path):
 
 BAD_JSON = {
     b'{"text": "x"}\n{"text": \n': "line 2: no valid JSON (Expecting value: line 1 column 10 (char 9))",
-    b'{"text": "x"}\n\n["text"]\n': "line 3: a JSON list where an object with key 'text' is expected",
+    b'{"text": "x"}\n\n["text"]\n': "line 3: a JSON list where an object is expected",
     b'{"body": "x", "id": 1}\n': "line 1: no key 'text' (keys here: body, id); name another with --json-key",
     b'{"text": 3}\n': "line 1: 'text' holds a int where text is expected",
     b'{"text": "ab\\ud800"}\n': "line 1: 'text' holds a lone surrogate at character 2",

@@ -87,9 +87,10 @@ def test_prompts_of_a_file(tmp_path, monkeypatch):
     assert _read("-") == ["from stdin"]
     for content, message in (
         ("", f"{path} holds no prompt"),
-        ('{"prompt": "x"}\n{"text": "x"}', f'{path}, line 2 is no JSON object with a text "prompt"'),
-        ('{"prompt": 3}', f'{path}, line 1 is no JSON object with a text "prompt"'),
-        ('{"prompt": "x"}\n{broken', f'{path}, line 2 is no JSON object with a text "prompt"'),
+        ('{"prompt": "x"}\n{"text": "x"}', f"{path}, line 2: no key 'prompt' (keys here: text)"),
+        ('{"prompt": 3}', f"{path}, line 1: 'prompt' holds a int where text is expected"),
+        ('{"prompt": "\\ud800"}', f"{path}, line 1: 'prompt' holds a lone surrogate at character 0"),
+        ('{"prompt": "x"}\n[1]', f"{path}, line 2: a JSON list where an object is expected"),
     ):
         path.write_text(content)
         with pytest.raises(DataError) as raised:

@@ -117,7 +117,8 @@ def test_lines_that_do_not_fit_are_named(tmp_path):
     assert refusal(tmp_path, line | {"a": 0}, label={"field": "a", "kind": "number"}) == (
         '/t.jsonl, line 1: field "a" is "0", which is no choice; valid: 1, 2'
     )
-    assert refusal(tmp_path, [1]) == head + "no JSON object"
+    assert refusal(tmp_path, [1]) == head + "a JSON list where an object is expected"
+    assert refusal(tmp_path, line | {"c": ["x", "\ud800"]}) == head + "'c' holds a lone surrogate at character 0"
     assert refusal(tmp_path, line, text="{q|fill:_}") == '/t.jsonl, line 1: field "q" has no "_" to fill'
     right = {"label": {"field": "a", "kind": "texts"}}
     write_lines(tmp_path / "t.jsonl", line | {"a": ["z"]})
