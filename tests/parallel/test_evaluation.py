@@ -14,8 +14,6 @@ import torch
 
 from megamoe.config.loading import override_config
 from megamoe.config.schema import Corpus, TokenizerConfig
-from megamoe.convert.from_hf import import_
-from megamoe.convert.hf_tables import conversion, from_hf_config
 from megamoe.data.datasets import open_blend
 from megamoe.data.indexed import IndexedWriter
 from megamoe.data.tokenizers import EOS_ID
@@ -24,16 +22,14 @@ from megamoe.evaluation.corpora import OpenSet, open_set
 from megamoe.evaluation.scoring import cut_rounds, round_losses, score_set
 from megamoe.evaluation.sets import EvaluationSet, TextSet
 from megamoe.evaluation.sums import Sums, set_result
-from megamoe.inference.model import ForwardModel, build_forward_model
+from megamoe.inference.model import ForwardModel
 from megamoe.inference.settings import forward_config
 from megamoe.model import token_nats as token_nats_module
-from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
 from megamoe.training.held_out import held_out
 from megamoe.training.restore import load_weights
-from tests.harness import run_ranks
-from tests.parallel.test_convert_layouts import make_custom
-from tests.parallel.worlds import parallel, trainer_of, world
-from tests.unit.convert_cases import CASES, VOCAB
+from tests.parallel.forward_worlds import both_sides, checkpoint_of, forward_model, model_of
+from tests.parallel.worlds import parallel, trainer_of
+from tests.unit.convert_cases import VOCAB
 
 MODELS = ("llama", "qwen3 moe", "custom")
 LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -128,12 +124,9 @@ def validation(size: int, root: str, checkpoint: Path) -> dict[str, Any]:
         load_weights(trainer, checkpoint)
         corpus = open_blend([Corpus(path=f"{root}/text")], seq_length=BLOCK, vocab_size=VOCAB)
         theirs = held_out(trainer, corpus, num_batches, "valid")
-    with world(config) as device:
-        model = build_forward_model(config, checkpoint, device)
-        sums = Sums()
-        with model.capacity(drop_tokens=True):
-            score_set(model, text, sums, (0, 0), lambda sums, place: None)
-        model.close()
+    sums = Sums()
+    with forward_model(config, checkpoint) as model, model.capacity(drop_tokens=True):
+        score_set(model, text, sums, (0, 0), lambda sums, place: None)
     return {"theirs": theirs["valid_loss"], "ours": sums.to_json(), "num_batches": num_batches}
 
 
@@ -142,23 +135,16 @@ def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
     for constant, value in (("FEWEST_ROWS", 5), ("LOGIT_BYTES", 1), ("CACHE_BYTES", 3 * 4 * VOCAB)):
         setattr(token_nats_module, constant, value)  # many pieces, the last one smaller
     for name in MODELS:
-        checkpoint = checkpoints_path(Path(root) / name / "run") / checkpoint_name(0)
         for layout, settings in layouts_of(name, size).items():
-            config = forward_config(checkpoint, settings, num_ranks=size)
-            with world(config) as device:
-                model = build_forward_model(config, checkpoint, device)
+            with model_of(root, name, settings, size) as model:
                 found[name, layout] = compute(model, root)
-                torch.distributed.barrier()
-                model.close()
         if name == "custom" and size == 2:
-            found[name, "validation"] = validation(size, root, checkpoint)
+            found[name, "validation"] = validation(size, root, checkpoint_of(root, name))
             for precision in ("bf16", "fp16"):
-                config = forward_config(checkpoint, (*parallel(ep=2), f"run.precision={precision}"), num_ranks=size)
-                with world(config) as device:
-                    model, sums = build_forward_model(config, checkpoint, device), Sums()
+                sums = Sums()
+                with model_of(root, name, (*parallel(ep=2), f"run.precision={precision}"), size) as model:
                     score_set(model, opened(root, "documents"), sums, (0, 0), lambda sums, place: None)
-                    found[name, precision] = {"documents sums": sums.to_json()}
-                    model.close()
+                found[name, precision] = {"documents sums": sums.to_json()}
     return found
 
 
@@ -188,32 +174,20 @@ def theirs(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return found
 
 
+def same(one: object, other: object) -> None:
+    assert json.dumps(one, default=list) == json.dumps(other, default=list)
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("evaluation")
-    torch.set_num_threads(1)
     with IndexedWriter(root / "text", VOCAB) as writer:
         for document in documents():
             writer.add_documents(document.astype(writer.dtype), np.array([len(document)]))
-    expected, ours = {}, {}
-    for name in MODELS:
-        folder = root / name / "hf"
-        built = make_custom(folder) if name == "custom" else CASES[name].build()
-        if name != "custom":
-            built.save_pretrained(folder)
-        expected[name] = theirs(built)
-        their_config = json.loads((folder / "config.json").read_text())
-        # Training's loss counts the rows that fill the vocabulary up: where it is compared there are none.
-        multiple = 32 if name == "custom" else 40
-        config = from_hf_config(their_config, vocab_multiple=multiple)
-        import_(folder, root / name / "run", conversion(config, their_config), workers=0)
-    for size in LAYOUTS:
-        ranks = run_ranks(compute_all, size, size, str(root), init=False, timeout_seconds=300)
-        for key, found in ranks[0].items():
-            ours[key] = found
-            for other in ranks[1:]:
-                assert json.dumps(other[key], default=list) == json.dumps(found, default=list)
-    return {"theirs": expected, "ours": ours}
+    # Training's loss counts the rows that fill the vocabulary up: where it is compared there are none.
+    return both_sides(
+        root, MODELS, [*LAYOUTS], theirs, compute_all, same=same, vocab_multiples={"custom": 32}
+    )
 
 
 @pytest.mark.parametrize(("model", "size", "layout"), CASES_HERE)

@@ -3,24 +3,17 @@
 One launch for each number of ranks goes through all models and layouts.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megamoe.convert.from_hf import import_
-from megamoe.convert.hf_tables import conversion, from_hf_config
-from megamoe.inference.model import ForwardModel, build_forward_model
+from megamoe.inference.model import ForwardModel
 from megamoe.inference.rows import TokenRows
-from megamoe.inference.settings import forward_config
-from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
-from tests.harness import run_ranks
-from tests.parallel.test_convert_layouts import make_custom
-from tests.parallel.worlds import parallel, world
-from tests.unit.convert_cases import CASES, VOCAB
+from tests.parallel.forward_worlds import both_sides, model_of
+from tests.parallel.worlds import parallel
+from tests.unit.convert_cases import VOCAB
 
 MODELS = ("llama", "qwen3 moe", "ernie", "xglm", "custom")
 DENSE = ("llama", "xglm")
@@ -101,14 +94,9 @@ def greedy(model: ForwardModel) -> list[list[int]]:
 def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for name in MODELS:
-        checkpoint = checkpoints_path(Path(root) / name / "run") / checkpoint_name(0)
         for layout, settings in layouts_of(name, size).items():
-            config = forward_config(checkpoint, settings, num_ranks=size)
-            with world(config) as device:
-                model = build_forward_model(config, checkpoint, device)
+            with model_of(root, name, settings, size) as model:
                 found[name, layout] = compute(model)
-                torch.distributed.barrier()
-                model.close()
     return found
 
 
@@ -131,28 +119,14 @@ def theirs(model: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for part, values in other.items():
+        np.testing.assert_array_equal(one[part], values)
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("forward")
-    expected, ours = {}, {}
-    torch.set_num_threads(1)
-    for name in MODELS:
-        folder = root / name / "hf"
-        built = make_custom(folder) if name == "custom" else CASES[name].build()
-        if name != "custom":
-            built.save_pretrained(folder)
-        expected[name] = theirs(built)
-        their_config = json.loads((folder / "config.json").read_text())
-        config = from_hf_config(their_config, vocab_multiple=40)  # more rows than tokens, and they are no tokens
-        import_(folder, root / name / "run", conversion(config, their_config), workers=0)
-    for size in LAYOUTS:
-        ranks = run_ranks(compute_all, size, size, str(root), init=False, timeout_seconds=300)
-        for key, found in ranks[0].items():
-            ours[key] = found
-            for other in ranks[1:]:
-                for part, values in found.items():
-                    np.testing.assert_array_equal(other[key][part], values)
-    return {"theirs": expected, "ours": ours}
+    return both_sides(tmp_path_factory.mktemp("forward"), MODELS, [*LAYOUTS], theirs, compute_all, same=same)
 
 
 def close(actual: Any, expected: Any) -> None:

@@ -1,24 +1,17 @@
 """Greedy texts are transformers', prompt by prompt, alone and in batches, under every layout; draws are a text's."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megamoe.convert.from_hf import import_
-from megamoe.convert.hf_tables import conversion, from_hf_config
 from megamoe.generation.loop import Limits, generate
 from megamoe.generation.settings import Sampling
-from megamoe.inference.model import ForwardModel, build_forward_model
-from megamoe.inference.settings import forward_config
-from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
-from tests.harness import run_ranks
-from tests.parallel.test_convert_layouts import make_custom
-from tests.parallel.worlds import parallel, world
-from tests.unit.convert_cases import CASES, SEQ, VOCAB
+from megamoe.inference.model import ForwardModel
+from tests.parallel.forward_worlds import both_sides, model_of
+from tests.parallel.worlds import parallel
+from tests.unit.convert_cases import SEQ, VOCAB
 
 MODELS = ("llama", "qwen3 moe", "custom")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -55,19 +48,14 @@ def texts(model: ForwardModel, sampling: Sampling) -> list[tuple[list[int], str]
 def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for name in MODELS:
-        checkpoint = checkpoints_path(Path(root) / name / "run") / checkpoint_name(0)
         for layout, (ranks, _) in LAYOUTS.items():
-            if ranks != size:
-                continue
-            config = forward_config(checkpoint, settings_of(name, layout), num_ranks=size)
-            with world(config) as device:
-                model = build_forward_model(config, checkpoint, device)
-                found[name, layout] = {"greedy": texts(model, Sampling()), "drawn": texts(model, WARM)}
-                torch.distributed.barrier()
-                model.close()
+            if ranks == size:
+                with model_of(root, name, settings_of(name, layout), size) as model:
+                    found[name, layout] = {"greedy": texts(model, Sampling()), "drawn": texts(model, WARM)}
     return found
 
 
+@torch.no_grad()
 def theirs(model: torch.nn.Module) -> list[list[int]]:
     found = []
     for prompt in prompts():
@@ -79,25 +67,14 @@ def theirs(model: torch.nn.Module) -> list[list[int]]:
     return found
 
 
+def same(one: object, other: object) -> None:
+    assert one == other
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("generate")
-    expected, ours = {}, {}
-    torch.set_num_threads(1)
-    for name in MODELS:
-        folder = root / name / "hf"
-        built = make_custom(folder) if name == "custom" else CASES[name].build()
-        if name != "custom":
-            built.save_pretrained(folder)
-        with torch.no_grad():
-            expected[name] = theirs(built)
-        their_config = json.loads((folder / "config.json").read_text())
-        import_(folder, root / name / "run", conversion(from_hf_config(their_config), their_config), workers=0)
-    for size in sorted({ranks for ranks, _ in LAYOUTS.values()}):
-        ranks = run_ranks(compute_all, size, size, str(root), init=False, timeout_seconds=300)
-        assert all(other == ranks[0] for other in ranks[1:])
-        ours |= ranks[0]
-    return {"theirs": expected, "ours": ours}
+    sizes = sorted({ranks for ranks, _ in LAYOUTS.values()})
+    return both_sides(tmp_path_factory.mktemp("generate"), MODELS, sizes, theirs, compute_all, same=same)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -3,26 +3,18 @@
 One launch for each number of ranks goes through all models, layouts and batch sizes.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megamoe.convert.from_hf import import_
-from megamoe.convert.hf_tables import conversion, from_hf_config
-from megamoe.inference.model import build_forward_model
-from megamoe.inference.settings import forward_config
 from megamoe.priming.batching import Family, family_of
 from megamoe.priming.encoding import Scored
 from megamoe.priming.scoring import log_probabilities
-from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
-from tests.harness import run_ranks
-from tests.parallel.test_convert_layouts import make_custom
-from tests.parallel.worlds import parallel, world
-from tests.unit.convert_cases import CASES, VOCAB
+from tests.parallel.forward_worlds import both_sides, model_of
+from tests.parallel.worlds import parallel
+from tests.unit.convert_cases import VOCAB
 
 MODELS = ("qwen3 moe", "custom", "xglm")
 DENSE = ("xglm",)
@@ -70,18 +62,13 @@ def families() -> list[Family]:
 def compute_all(size: int, root: str) -> dict[tuple[str, str, int], list[list[float]]]:
     found = {}
     for name in MODELS:
-        checkpoint = checkpoints_path(Path(root) / name / "run") / checkpoint_name(0)
         for layout, settings in layouts_of(name, size).items():
-            config = forward_config(checkpoint, settings, num_ranks=size)
-            with world(config) as device:
-                model = build_forward_model(config, checkpoint, device)
+            with model_of(root, name, settings, size) as model:
                 for batch_size in BATCH_SIZES:
                     counts: list[int] = []
                     sums = log_probabilities(model, families(), batch_size=batch_size, on_done=counts.append)
                     assert sum(counts) == len(families())
                     found[name, layout, batch_size] = sums
-                torch.distributed.barrier()
-                model.close()
     return found
 
 
@@ -99,25 +86,13 @@ def theirs(model: torch.nn.Module) -> list[list[float]]:
     return found
 
 
+def same(one: object, other: object) -> None:
+    assert one == other, "all ranks know all scores"
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("priming")
-    expected, ours = {}, {}
-    torch.set_num_threads(1)
-    for name in MODELS:
-        folder = root / name / "hf"
-        built = make_custom(folder) if name == "custom" else CASES[name].build()
-        if name != "custom":
-            built.save_pretrained(folder)
-        expected[name] = theirs(built)
-        their_config = json.loads((folder / "config.json").read_text())
-        config = from_hf_config(their_config, vocab_multiple=40)  # more rows than tokens, and they are no tokens
-        import_(folder, root / name / "run", conversion(config, their_config), workers=0)
-    for size in LAYOUTS:
-        ranks = run_ranks(compute_all, size, size, str(root), init=False, timeout_seconds=300)
-        assert all(rank == ranks[0] for rank in ranks), "all ranks know all scores"
-        ours |= ranks[0]
-    return {"theirs": expected, "ours": ours}
+    return both_sides(tmp_path_factory.mktemp("priming"), MODELS, [*LAYOUTS], theirs, compute_all, same=same)
 
 
 @pytest.mark.parametrize(("model", "size", "layout"), CASES_HERE)
