@@ -6,18 +6,20 @@ training has ended, or was killed: it writes out what is left and goes, within a
 not end it: training's process does.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any
 
 HEEDLESS_OF = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PUMP_SECONDS = 1.0  # between looks at the files, where nobody wakes it
 START_SECONDS = 20.0  # beyond the service's own limit: a short run ends before its feeder is there
-NICENESS = 5  # training goes first
+NICENESS = 19  # training goes first
 
 
 class Input:
@@ -48,11 +50,19 @@ class Input:
         timer.start()
 
 
+def step_back() -> None:
+    """Take what processor time training leaves. In a session of its own this process may be a scheduling group of its
+    own, in which niceness counts for nothing: then the group's is what counts."""
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
+
+
 def main() -> None:
     for number in HEEDLESS_OF:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDLESS_OF)
-    os.nice(NICENESS)
+    step_back()
     # Nothing that a service prints, or asks, may get into the conversation.
     said, answers = Input(os.dup(0)), os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)

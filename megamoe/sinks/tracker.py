@@ -64,6 +64,12 @@ class Tracker:
             self._process.wait()
             self._say(f"{self._label} is not complete: it did not end within bounds. Metrics are in metrics.jsonl")
 
+    def let_go(self) -> None:
+        """Training ends in an error, which must not wait: the process hears of it, and ends by itself in its bounds."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
     def _look(self) -> None:
         """Hear what the process has said; if it has failed, start another."""
         process = self._process
@@ -88,7 +94,12 @@ class Tracker:
                 self._answers += data
         *lines, self._answers = self._answers.split(b"\n")
         for line in lines:
-            answer = json.loads(line)
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                continue  # of something that prints before the process has taken its output away
+            if not isinstance(answer, dict):
+                continue
             self._is_ready |= "ready" in answer
             self._is_done |= "done" in answer
             if "events_position" in answer:  # another process tells nobody twice

@@ -44,7 +44,7 @@ class WandbSink:
     takes_repeats = False  # the service drops steps below the last one
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
-        """`spec` is as `megamoe.sinks.tracker.wandb_spec` makes it. Raises whatever wandb does."""
+        """`spec` is as `megamoe.sinks.specs.tracker_specs` makes it. Raises whatever wandb does."""
         monitor, self._run_dir = spec["config"]["monitor"], spec["run_dir"]
         self._timeout_seconds, self._artifacts = monitor["wandb_timeout_seconds"], monitor["wandb_artifacts"]
         self._folder = Path(os.environ.get("WANDB_DIR") or self._run_dir) / "wandb"

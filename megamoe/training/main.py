@@ -117,6 +117,7 @@ def _train(
     supervision: Supervision,
 ) -> TrainingInterrupted | None:
     """Train to the end, or until somebody asks for another; returns what that is to be raised as, on every rank."""
+    is_sound = True
     try:
         train(trainer, splits.train, hooks)
         _set_aside(stop_file, monitor)
@@ -129,9 +130,12 @@ def _train(
         monitor.alert("Training stopped itself", str(error), "ERROR")
         saver.wait()
         raise
+    except BaseException:
+        is_sound = False  # peers wait for this rank's word: nobody waits for a service first
+        raise
     finally:
-        supervision.progress.stage = "close"
-        monitor.close()
+        supervision.progress.stage = "close" if is_sound else supervision.progress.stage
+        monitor.close(waits=is_sound)
     end = "stopped early after step {}" if trainer.has_stopped_early else "all {} steps are done"
     supervision.event("end", end.format(trainer.step), step=trainer.step)
     return None

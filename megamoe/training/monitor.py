@@ -1,12 +1,12 @@
 """Where a run's metrics go: terminal, log file, files of the run's folder, and tracking services. Rank 0 only."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megamoe.config.schema import Config
 from megamoe.runs.events import EVENTS_FILE, append_event
-from megamoe.runs.metrics import EXPERT_LOADS_FILE, MetricsWriter, ProgressBar, format_line
+from megamoe.runs.metrics import EXPERT_LOADS_FILE, METRICS_FILE, MetricsWriter, ProgressBar, format_line
 from megamoe.sinks.specs import tracker_specs, wandb_mode, wandb_run_id
 from megamoe.sinks.tracker import Tracker
 from megamoe.training.report import LayerLoads
@@ -27,7 +27,7 @@ class Monitor:
         """`run_id` as a checkpoint has it; `details` are told to a tracking service beside the configuration."""
         self.run_id = run_id
         self.is_first, self._num_steps, self._run_dir = is_first, config.run.num_steps, config.run.dir
-        self._log = None
+        self._log, self._unwritten = None, set()
         self._trackers: list[Tracker] = []
         if not is_first:
             return
@@ -44,8 +44,18 @@ class Monitor:
         """Print a line and keep it in log.txt."""
         if self._log is not None:
             self._bar.print(text)
-            self._log.write(text + "\n")
-            self._log.flush()
+            self._keep("log.txt", lambda: self._log.write(text + "\n"), self._log.flush)
+
+    def _keep(self, name: str, *writes: Callable[[], Any]) -> None:
+        """Write to a file of the run. A disk that is full, or gone, costs lines and not the training: it is said once,
+        and what has not been written is tried again with the next line."""
+        try:
+            for write in writes:
+                write()
+        except OSError as error:
+            if name not in self._unwritten:
+                self._unwritten.add(name)
+                self._bar.print(f"{self._run_dir}/{name} cannot be written ({error.strerror}): training goes on")
 
     def note(self, kind: str, message: str, **details: Any) -> None:
         """Print a line and keep it as an event of the run: see `megamoe.runs.events`."""
@@ -72,14 +82,14 @@ class Monitor:
         """Print and keep a set of metrics; `step` among them."""
         if self.is_first:
             self.say(format_line(metrics, num_steps=self._num_steps))
-            self._metrics.write(metrics)
+            self._keep(METRICS_FILE, lambda: self._metrics.write(metrics))
             self._wake_trackers()
 
     def record_loads(self, step: int, loads: LayerLoads) -> None:
         """Keep what each layer's experts were sent; before the metrics of that step are recorded."""
         if self.is_first:
             layers = {str(layer): [round(count) for count in counts] for layer, counts in loads.items()}
-            self._loads.write({"step": step, "layers": layers})
+            self._keep(EXPERT_LOADS_FILE, lambda: self._loads.write({"step": step, "layers": layers}))
 
     def show_step(self, step: int) -> None:
         if self.is_first:
@@ -89,12 +99,13 @@ class Monitor:
         for tracker in self._trackers:
             tracker.wake()
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
+        """waits: until tracking services have all; else they end by themselves, within their own bounds."""
         if self._log is None:
             return
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close() if waits else tracker.let_go()
         self._bar.close()
-        self._metrics.close()
-        self._loads.close()
-        self._log.close()
+        self._keep(METRICS_FILE, self._metrics.close)
+        self._keep(EXPERT_LOADS_FILE, self._loads.close)
+        self._keep("log.txt", self._log.close)

@@ -202,6 +202,9 @@ class StepMark(BaseHook):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         self.progress.step, self.progress.stage = trainer.step + self.num_ahead, "train"
 
+    def on_roll_back(self, trainer: Trainer) -> None:
+        self.progress.step = trainer.step + 1
+
     def on_end(self, trainer: Trainer) -> None:
         self.progress.step = trainer.step
 
