@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HEEDLESS_OF = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-PUMP_SECONDS = 1.0  # between looks at the files, where nobody wakes it
+PUMP_SECONDS = 2.0  # between looks at the files: each takes a processor from training
 START_SECONDS = 20.0  # beyond the service's own limit: a short run ends before its feeder is there
 NICENESS = 19  # training goes first
 
@@ -28,7 +28,7 @@ class Input:
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "rb", buffering=0)
         self.spec: dict[str, Any] = json.loads(self._first_line())
-        self.woken, self.has_ended = threading.Event(), False
+        self.ended = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _first_line(self) -> bytes:
@@ -42,9 +42,8 @@ class Input:
 
     def _read(self) -> None:
         while self._file.read(4096):
-            self.woken.set()
-        self.has_ended = True
-        self.woken.set()
+            pass
+        self.ended.set()
         timer = threading.Timer(self.spec["close_seconds"] + START_SECONDS, os._exit, (1,))
         timer.daemon = True
         timer.start()
@@ -97,14 +96,13 @@ def _feed(said: Input, answer: Any) -> None:
     answer({"ready": True})
     is_last = False
     while not is_last:
-        is_last = said.has_ended  # what was written before that is read once more
-        said.woken.clear()
+        is_last = said.ended.is_set()  # what was written before that is read once more
         feed.pump()
         if feed.events_position != told:
             told = feed.events_position
             answer({"events_position": told})
         if not is_last:
-            said.woken.wait(PUMP_SECONDS)
+            said.ended.wait(PUMP_SECONDS)
     feed.sink.close()
     answer({"done": True})
 

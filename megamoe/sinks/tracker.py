@@ -39,12 +39,9 @@ class Tracker:
         self._process: subprocess.Popen | None = None
         self._start()
 
-    def wake(self) -> None:
-        """There is something new in the run's files."""
+    def look_after(self) -> None:
+        """Look after the process, which looks into the run's files by itself."""
         self._look()
-        if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(OSError):  # full: it is awake already; broken: seen when next looked after
-                os.write(self._process.stdin.fileno(), b"\n")
 
     def close(self) -> None:
         """Training has ended: wait until all is written, within bounds."""

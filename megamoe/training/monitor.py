@@ -66,7 +66,7 @@ class Monitor:
             append_event(self._run_dir, kind, message, **details)
         except OSError as error:
             self.say(f"{self._run_dir}/{EVENTS_FILE} cannot be written ({error.strerror})")
-        self._wake_trackers()
+        self._look_after_trackers()
 
     def go_back_to(self, step: int) -> None:
         """Training was taken back to `step`: metrics of later steps are cut off, as at a resume."""
@@ -83,7 +83,7 @@ class Monitor:
         if self.is_first:
             self.say(format_line(metrics, num_steps=self._num_steps))
             self._keep(METRICS_FILE, lambda: self._metrics.write(metrics))
-            self._wake_trackers()
+            self._look_after_trackers()
 
     def record_loads(self, step: int, loads: LayerLoads) -> None:
         """Keep what each layer's experts were sent; before the metrics of that step are recorded."""
@@ -95,9 +95,9 @@ class Monitor:
         if self.is_first:
             self._bar.update(step)
 
-    def _wake_trackers(self) -> None:
+    def _look_after_trackers(self) -> None:
         for tracker in self._trackers:
-            tracker.wake()
+            tracker.look_after()
 
     def close(self, *, waits: bool = True) -> None:
         """waits: until tracking services have all; else they end by themselves, within their own bounds."""

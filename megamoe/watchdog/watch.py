@@ -14,6 +14,7 @@ from megamoe.watchdog.progress import Progress
 from megamoe.watchdog.server import Server
 from megamoe.watchdog.stacks import StackFile, waits_in_collective
 
+LISTEN_SECONDS = 0.25  # at a time: how long the end of a run may have to wait for this thread
 RETRY_SECONDS = 0.3
 END_SECONDS = 5.0  # what the training thread has to end by itself once a peer is known to be lost
 
@@ -109,7 +110,7 @@ class Watch:
             if self._line is None:
                 self._stopping.wait(min(left, RETRY_SECONDS))
                 self._reconnect()
-            elif self._line.wait(min(left, 0.1)):
+            elif self._line.wait(min(left, LISTEN_SECONDS)):
                 self._read()
         self._judge()
 

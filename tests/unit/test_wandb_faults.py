@@ -53,7 +53,7 @@ def wait_for(condition, what: str) -> None:
 def is_ready(monitor: Monitor) -> bool:
     """Whether the service's process is at work."""
     monitor.show_step(1)
-    monitor._wake_trackers()
+    monitor._look_after_trackers()
     return monitor._trackers[0]._is_ready
 
 
