@@ -26,6 +26,7 @@ from megamoe.training.build import Trainer
 from megamoe.training.hooks import BaseHook
 from megamoe.training.interruption import STOP_SIGNALS
 from megamoe.training.step import StepResult
+from megamoe.watchdog.bounded import within
 from megamoe.watchdog.channel import Address
 from megamoe.watchdog.judge import Limits, Verdict
 from megamoe.watchdog.progress import Progress
@@ -36,6 +37,7 @@ from megamoe.watchdog.watch import Settings, Watch
 VERDICT_WAIT_SECONDS = 2.5  # what a rank whose peer is lost waits to hear who it was; below the launcher's patience
 RANKS_PER_POLL = 256  # of more ranks each is heard less often: rank 0 has other work, too
 MAX_POLL_SECONDS = 4.0
+RECORD_SECONDS = 4.0  # of a rank that is ended, for its files
 _HELLO_BYTES, _HOST_BYTES = 1024, 128
 
 
@@ -167,26 +169,36 @@ class Supervision:
         failures.write_failure(self.run_dir, self.attempt, failure)
 
     def _end_for_verdict(self, verdict: Verdict) -> None:
-        """End this process, whatever its training thread does. Runs on the watchdog's thread."""
+        """End this process, whatever its training thread does, and whether the disk takes why or not. Runs on the
+        watchdog's thread."""
         if verdict.kind != "hang":
-            error = PeerLost(f"rank {self.rank} on {self.host} is ended because {verdict.message}")
-            failures.write_failure(self.run_dir, self.attempt, self._describe(error, "", self.progress.phase))
-            self._keep_for(verdict)
-            self._tell(error)
+            error: Exception = PeerLost(f"rank {self.rank} on {self.host} is ended because {verdict.message}")
+            within(RECORD_SECONDS, lambda: self._record_end(error, verdict))
             end_process(error, say=True)
+        speaks: list[bool] = []
+        within(RECORD_SECONDS, lambda: self._record_hang(verdict, speaks))
+        # Where nobody can say who speaks, the rank that hangs and the first one do.
+        end_process(TrainingHung(verdict.message), say=speaks[0] if speaks else self.rank in (0, verdict.rank))
+
+    def _record_end(self, error: Exception, verdict: Verdict) -> None:
+        failures.write_failure(self.run_dir, self.attempt, self._describe(error, "", self.progress.phase))
+        self._keep_for(verdict)
+        self._tell(error)
+
+    def _record_hang(self, verdict: Verdict, speaks: list[bool]) -> None:
+        """On record; `speaks` gets whether this rank is the one that says it."""
         failure = self._describe(TrainingHung(verdict.message), "", self.progress.phase)
         if verdict.rank != self.rank:
             failure = failures.as_consequence(failure)
         failures.write_failure(self.run_dir, self.attempt, failure)
-        is_speaker = failures.claim_first(self.run_dir, self.attempt)
-        if is_speaker:
+        speaks.append(failures.claim_first(self.run_dir, self.attempt))
+        if speaks[0]:
             self._keep_for(verdict)
             first = failures.first_failure(self.run_dir, self.attempt)
             if first is not None:
                 failures.tell_first(self.run_dir, self.attempt, first, kind="hang")
             with contextlib.suppress(OSError), open(Path(self.run_dir) / "log.txt", "a", encoding="utf-8") as log:
                 log.write(f"{verdict.message}\n")
-        end_process(TrainingHung(verdict.message), say=is_speaker)
 
 
 class StepMark(BaseHook):

@@ -10,6 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from megamoe.watchdog.bounded import within
+
+WRITE_SECONDS = 2.0
 _WAITING_FILES = ("/torch/distributed/", "/deepspeed/comm/")
 
 
@@ -30,14 +33,17 @@ class StackFile:
             faulthandler.dump_traceback_later(seconds, exit=False, file=self._file)
 
     def write(self, title: str) -> None:
+        """The stacks are taken in memory: a file system that hangs must not hang the thread that ends this rank."""
         if self._file is None:
             return
         faulthandler.cancel_dump_traceback_later()
+        text = f"{title}\n\n{_names()}\n{_stacks()}"
+        within(WRITE_SECONDS, lambda: self._append(text))
+
+    def _append(self, text: str) -> None:
         with contextlib.suppress(OSError):
             self._file.seek(0, os.SEEK_END)  # what was written without Python's lock stays
-            self._file.write(f"{title}\n\n{_names()}\n")
-            self._file.flush()
-            faulthandler.dump_traceback(self._file, all_threads=True)
+            self._file.write(text)
             self._file.flush()
 
     def close(self) -> None:
@@ -67,6 +73,14 @@ def _is_waiting(frame: FrameType) -> bool:
 
 def _line_waits(frame: FrameType) -> bool:
     return "work.wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _stacks() -> str:
+    """Of all threads, as faulthandler writes them."""
+    with open(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as memory:
+        faulthandler.dump_traceback(memory, all_threads=True)
+        memory.seek(0)
+        return memory.read()
 
 
 def _names() -> str:
