@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 IMPORTED = "base"  # the folder in the run's where the weights of a Hugging Face folder become a checkpoint
 _WARM_UP_SHARE = 0.06
+MAX_RECORD_BYTES = 1 << 24
 _POLL_SECONDS = 0.5
 # What a fine-tuning does that is told nothing else.
 _DEFAULTS: Mapping[str, Any] = {
@@ -111,11 +112,25 @@ def _base(start: Path, config: "Config", environment: "RankEnvironment", *, leav
     return found
 
 
+def _check_source(folder: Path, out: Path) -> None:
+    """What was imported before must be of this folder. Raises ConfigError."""
+    from megamoe.checkpoint.files import read_small
+    from megamoe.checkpoint.strict_json import loads
+
+    record = out / "conversion.json"
+    source = loads(read_small(record, MAX_RECORD_BYTES), str(record))["source"]["folder"]
+    if Path(source).resolve() != folder.resolve():
+        raise ConfigError(
+            f"{out} was imported from {source}, not from {folder}: choose another run.dir, or remove that folder"
+        )
+
+
 def _imported(
     folder: Path, out: Path, config: "Config", environment: "RankEnvironment", leave_tokenizer: bool
 ) -> Path:
     """`out`, a run's folder made of a Hugging Face one by the first rank; the others wait until it is complete."""
     if out.exists():
+        _check_source(folder, out)
         return out
     if environment.rank == 0:
         print(f"importing {folder} as {out}", flush=True)

@@ -39,7 +39,7 @@ def add_generate_commands(commands: Any) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among those that make up P")
     parser.add_argument("--seed", type=int, default=0, help="each prompt has its own draws, whatever its batch (0)")
     parser.add_argument("--ignore-end", action="store_true", help="go on after the end of a document")
-    parser.add_argument("--out", metavar="FILE", help="write JSON Lines there")
+    parser.add_argument("--out", metavar="FILE", help="write JSON Lines there, each text when it is done")
     parser.add_argument("--json", action="store_true", help="print JSON Lines")
     parser.add_argument("--local-ranks", type=positive, metavar="N", help="start N ranks on this machine")
 
@@ -48,18 +48,21 @@ def _generate(options: argparse.Namespace) -> int:
     from megamoe.inference.launching import compute_on_ranks
     from megamoe.inference.sources import model_checkpoint
 
-    texts = options.prompt or _read(options.prompts)
     with model_checkpoint(options.model) as checkpoint:
         return compute_on_ranks(
-            "megamoe.generation.worker:run_rank", lambda num_ranks: _prepare(options, checkpoint, texts, num_ranks),
+            "megamoe.generation.worker:run_rank", lambda num_ranks: _prepare(options, checkpoint, num_ranks),
             local_ranks=options.local_ranks,
         )  # fmt: skip
 
 
-def _prepare(options: argparse.Namespace, checkpoint: Path, texts: list[str], num_ranks: int) -> Any:
+def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> Any:
     from megamoe.data.tokenizers import build_tokenizer
     from megamoe.inference.settings import forward_config
+    from megamoe.launch.environment import rank_environment
 
+    if options.prompts == "-" and rank_environment().world_size > 1:
+        raise ConfigError("--prompts - reads one input, which a launcher's ranks share: put the prompts into a file")
+    texts = options.prompt or _read(options.prompts)
     config = forward_config(checkpoint, options.overrides, num_ranks=num_ranks)
     tokenizer = build_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -94,7 +97,7 @@ def _read(name: str) -> list[str]:
     from megamoe.data.json_text import json_object, text_of
 
     try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name} cannot be read as text: {error}") from None
     lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]

@@ -62,7 +62,7 @@ class OpenSet:
             return counted
         first, last = self.plan.span
         corpus = self.plan.corpus
-        whole = self.plan.num_documents
+        whole = self.plan.end_document
         if corpus.document_start(whole) > last:
             whole -= 1
         num_bytes = int(self.document_bytes[:whole].sum())

@@ -61,6 +61,10 @@ class Results:
                 f"{path} holds results of another model, {strangers[0]['checkpoint']} at step {strangers[0]['step']}: "
                 "add --overwrite to start anew, or choose another --out"
             )
+        # Of what is not there any more, or not asked for, only what is whole is worth keeping.
+        self.tree["models"] = [
+            model for model in self.tree["models"] if model["is_complete"] or model["manifest_checksum"] in there
+        ]
         for model in wanted.tree["models"]:
             if model["manifest_checksum"] not in here:
                 self._add({key: value for key, value in model.items() if key not in ("is_complete", "sets")})

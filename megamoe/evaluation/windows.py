@@ -63,10 +63,16 @@ class WindowPlan:
         """Documents that have a token that is scored."""
         if self.reading == "documents":
             return self.num_units
-        first, last = self.span
         starts = range(self.corpus.num_documents)
-        before = bisect_right(starts, first, key=self.corpus.document_start) - 1
-        return bisect_left(starts, last, key=self.corpus.document_start) - before
+        before = bisect_right(starts, self.span[0], key=self.corpus.document_start) - 1
+        return self.end_document - before
+
+    @property
+    def end_document(self) -> int:
+        """The number of the first document that begins behind all that is scored."""
+        if self.reading == "documents":
+            return self.num_units
+        return bisect_left(range(self.corpus.num_documents), self.span[1], key=self.corpus.document_start)
 
     def windows(self, unit: int = 0, index: int = 0) -> Iterator[Window]:
         """All windows in order, from window `index` of `unit` on."""

@@ -33,4 +33,4 @@ def choose(logits: Tensor, sampling: Sampling, texts: Sequence[int], step: int) 
 
 def uniform(seed: int, text: int, step: int) -> float:
     """A number in [0, 1) that depends on these three alone."""
-    return float(np.random.Generator(np.random.Philox(key=[seed, text], counter=[step, 0, 0, 0])).random())
+    return float(np.random.Generator(np.random.Philox(key=np.array([seed, text], np.uint64), counter=step)).random())

@@ -7,26 +7,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch.distributed as dist
-
 from megamoe.config.schema import Config
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer
 from megamoe.errors import OutputError
 from megamoe.generation.loop import Limits, Text, generate
 from megamoe.generation.settings import Sampling
 from megamoe.inference.worker import forward_model
+from megamoe.launch.environment import rank_environment
 
 
 def run_rank(payload: Mapping[str, Any]) -> None:
-    """Continue payload["prompts"] (texts with their "ids"), print or write what comes, in the order of the prompts."""
+    """Continue payload["prompts"] (texts with their "ids"). Texts are printed in the order of the prompts; into a file
+    they go as they are done, with the number of the prompt."""
     config = Config.model_validate(payload["config"])
     limits, sampling = Limits(**payload["limits"]), Sampling(**payload["sampling"])
-    prompts = payload["prompts"]
-    with forward_model(config, Path(payload["checkpoint"])) as model, _lines(payload, config) as show:
+    prompts, in_order = payload["prompts"], payload["out"] is None
+    with _lines(payload, config) as show, forward_model(config, Path(payload["checkpoint"])) as model:
         waiting: dict[int, Text] = {}
         shown = 0
         with model.capacity(drop_tokens=False):
             for done in generate(model, [prompt["ids"] for prompt in prompts], limits, sampling):
+                if not in_order:
+                    for text in done:
+                        show(prompts[text.number]["text"], text)
+                    continue
                 waiting |= {text.number: text for text in done}
                 while shown in waiting:
                     show(prompts[shown]["text"], waiting.pop(shown))
@@ -36,7 +40,7 @@ def run_rank(payload: Mapping[str, Any]) -> None:
 @contextmanager
 def _lines(payload: Mapping[str, Any], config: Config) -> Iterator[Any]:
     """What shows one text: on the first rank as JSON or plain, in a file or on stdout; on others nothing."""
-    if dist.get_rank() != 0:
+    if rank_environment().rank != 0:
         yield lambda prompt, text: None
         return
     tokenizer = build_tokenizer(config.data.tokenizer)
@@ -56,10 +60,11 @@ def _output(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            yield file
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (what happens inside is another matter)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror})") from None
+        raise OutputError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
+    with file:
+        yield file
 
 
 def result_of(prompt: str, text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def result_of(prompt: str, text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
     known = [[i for i in ids if i < tokenizer.vocab_size] for ids in (text.prompt, [*text.prompt, *text.new])]
     before, whole = (tokenizer.decode(ids) for ids in known)
     return {
-        "prompt": prompt, "completion": whole[len(before) :], "finish": text.finish,
+        "number": text.number, "prompt": prompt, "completion": whole[len(before) :], "finish": text.finish,
         "num_prompt_tokens": len(text.prompt), "completion_ids": text.new,
     }  # fmt: skip
 

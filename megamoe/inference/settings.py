@@ -32,8 +32,8 @@ def forward_config(checkpoint: Path, overrides: Sequence[str] = (), *, num_ranks
     """The checkpoint's configuration for forward passes on `num_ranks` ranks; one rank and fp32 where nothing is said.
 
     overrides: "section.key=value" of the layout (parallel.…), run.precision, run.device, run.micro_batch_size,
-    moe.eval_capacity_…, data.tokenizer.…. Raises ConfigError for any other, and TopologyError where the layout does not
-    fit the ranks.
+    moe.eval_capacity_…, data.tokenizer.…, checkpoint.verify. Raises ConfigError for any other and for a classifier,
+    TopologyError where the layout does not fit the ranks.
     """
     for override in overrides:
         key = override.partition("=")[0]
@@ -46,6 +46,11 @@ def forward_config(checkpoint: Path, overrides: Sequence[str] = (), *, num_ranks
             )
     with Checkpoint.open(checkpoint) as opened:
         config = config_of(opened)
+    if config.model.num_labels:
+        raise ConfigError(
+            f"{checkpoint} is a classifier of {config.model.num_labels} labels, which gives no tokens: name a language "
+            "model (a fine-tuning's own validations tell what a classifier can do)"
+        )
     where = str(checkpoint)
     config = override_config(config, (*_ONE_RANK, "run.precision=fp32", "run.micro_batch_size=1", *overrides), where)
     sizes = config.parallel

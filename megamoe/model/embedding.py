@@ -59,7 +59,7 @@ class TokenEmbedding(LanguageModelEmbedding):
     def _position_rows(self, length: int, like: Tensor) -> Tensor:
         """What is added to `like` [rows, b, h], which may be a sequence slice of `length`: [rows, 1 or b, h]."""
         if (cache := self.decoding.cache) is not None:
-            table = self._position_table(int(cache.starts.max()) + length, like)
+            table = self._position_table(cache.num_slots, like)
             return table[cache.positions.transpose(0, 1)].to(like.dtype)
         start = self.tensor_rank * like.shape[0] if like.shape[0] < length else 0
         return self._position_table(length, like)[start : start + like.shape[0]].to(like.dtype).unsqueeze(1)

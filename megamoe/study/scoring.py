@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamoe.errors import MegamoeError, TrainingInterrupted
+from megamoe.errors import ConfigError, MegamoeError, TrainingInterrupted
 from megamoe.evaluation.results import Results, read_results
+from megamoe.evaluation.sets import read_sets, settled_sets
 from megamoe.progress import StatusLine
 from megamoe.report.values import duration
 from megamoe.study.ladder import StudyRun
@@ -31,6 +32,7 @@ def score_runs(
 ) -> list[Failure]:
     """Evaluate what is saved and not yet scored; returns what failed. Raises TrainingInterrupted."""
     failures, status = [], StatusLine(sys.stderr)
+    _check_sets(runs, study, folder)
     for place, run in enumerate(runs, 1):
         saved = saved_steps(run)
         steps = [step for step in run.eval_steps if step in saved]
@@ -59,8 +61,23 @@ def score_runs(
     return failures
 
 
+def _check_sets(runs: Sequence[StudyRun], study: StudySettings, folder: Path) -> None:
+    """Scores of other texts must not stand beside those of these. Raises ConfigError, DataError."""
+    found = {run.name: results for run in runs if (results := read_results(results_path(run, folder))) is not None}
+    if not found:
+        return
+    sets = read_sets(Path(study.evaluation.sets))
+    wanted = [text.describe() for text in settled_sets(sets, seq_length=runs[0].config.model.seq_length)]
+    for run in runs:
+        if run.name in found and found[run.name].tree.get("sets") != wanted:
+            raise ConfigError(
+                f"{results_path(run, folder)} holds scores of other sets than {study.evaluation.sets} names now: move "
+                f"{folder / RESULTS} away, and all models are scored anew"
+            )
+
+
 def _is_wanted(run: StudyRun, steps: Sequence[int], folder: Path) -> bool:
-    """Whether something is left to score; `megamoe evaluate` itself judges whether results are of the same sets."""
+    """Whether something is left to score."""
     try:
         results = read_results(results_path(run, folder))
     except MegamoeError:

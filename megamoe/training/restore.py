@@ -90,8 +90,12 @@ def load_checkpoint(trainer: "Trainer", folder: Path) -> Loaded:
     Raises CheckpointError for another model or optimizer, DamagedCheckpoint naming file and tensor for damage; the
     trainer is then in no state to train from.
     """
-    checkpoint = _open(trainer, folder)
-    manifest = checkpoint.manifest
+    with _open(trainer, folder) as checkpoint:
+        return _restore(trainer, checkpoint)
+
+
+def _restore(trainer: "Trainer", checkpoint: Checkpoint) -> Loaded:
+    manifest, folder = checkpoint.manifest, checkpoint.folder
     check_same_model(manifest.config, trainer.config, folder, with_optimizer=True)
     pieces, notes = _present(checkpoint, needed(trainer), folder)
     _together(trainer, lambda: _read_all(trainer, checkpoint, pieces))
@@ -118,7 +122,8 @@ def load_weights(trainer: "Trainer", folder: Path) -> Loaded:
 
     Collective over all ranks. Raises as `load_checkpoint`.
     """
-    return load_weights_of(trainer, _open(trainer, folder))
+    with _open(trainer, folder) as checkpoint:
+        return load_weights_of(trainer, checkpoint)
 
 
 def load_weights_of(trainer: "Trainer", checkpoint: Checkpoint) -> Loaded:
@@ -132,7 +137,8 @@ def load_weights_of(trainer: "Trainer", checkpoint: Checkpoint) -> Loaded:
 
 def load_model(holder: WeightHolder, folder: Path) -> Loaded:
     """`load_weights` where there is no optimizer: what a forward pass needs."""
-    return _load_pieces(holder, _open(holder, folder), model_pieces(holder))
+    with _open(holder, folder) as checkpoint:
+        return _load_pieces(holder, checkpoint, model_pieces(holder))
 
 
 def _load_pieces(holder: WeightHolder, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:

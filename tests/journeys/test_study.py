@@ -94,6 +94,13 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(server, place):
     assert again.returncode == 0 and "5 of 5 runs are trained already" in again.stderr
     assert "evaluation" not in again.stderr, "nothing is done twice"
     assert read_points(place / "runs/tiny/study.jsonl") == resumed
+    (place / "sets.yaml").write_text(TINY_SETS.replace("verses", "lines"))
+    other_sets = server.run(["study", "study.yaml"], cwd=place)
+    assert other_sets.returncode == 2 and other_sets.stderr.endswith(
+        "dense-0-seed1.json holds scores of other sets than sets.yaml names now: move runs/tiny/evaluations away, and "
+        "all models are scored anew\n"
+    )
+    (place / "sets.yaml").write_text(TINY_SETS)
 
 
 def wait_for(condition, seconds: float = SECONDS) -> None:

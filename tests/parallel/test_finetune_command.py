@@ -1,5 +1,6 @@
 """`megamoe finetune`: what it finds out by itself, where weights may come from, and one sentence for each mistake."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megamoe.config.schema import Config
 from megamoe.convert.export_files import export_files, tokenizer_files
 from megamoe.convert.hf_tables import conversion, to_hf_config
 from megamoe.convert.to_hf import export
+from megamoe.errors import ConfigError
 from megamoe.runs.run_folder import resumable_checkpoints
 from tests.parallel.finetune_cases import (
     MODEL,
@@ -108,6 +110,9 @@ def test_a_hugging_face_folder_is_imported_once_and_trains_as_our_checkpoint_doe
     printed = capfd.readouterr().out
     assert "importing" not in printed and "resumed at step 4 of 6" in printed
     assert (imported / "manifest.json").stat().st_mtime_ns == before
+    other = shutil.copytree(hf_folder, root / "other_hf")
+    with pytest.raises(ConfigError, match=r"from_hf/base was imported from .*/hf, not from .*/other_hf: choose"):
+        finetuned(other, root / "from_hf", *arguments[5:])
     # The same from our own checkpoint, on one rank.
     settings = [each.replace("from_hf", "from_own") for each in arguments[5:]]
     ours = finetuned(Path(base.run.dir), root / "from_own", *settings, "parallel.expert_parallel_size=1")
@@ -134,7 +139,7 @@ MISTAKES = {
         "{texts} finetune.labels=[early,never]", r'line 1: the label "late" is unknown: finetune.labels names early, n'
     ),
     "a text task with labels": (
-        "{prompts} finetune.objective=classification model.num_labels=2", r'line 1 has no "text"'
+        "{prompts} finetune.objective=classification model.num_labels=2", r"line 1: no key 'text'"
     ),
     "a file that is none": ("finetune.train_files=[nowhere.jsonl]", r"cannot read nowhere.jsonl: No such file"),
     "an empty file": ("finetune.train_files=[{empty}]", r"empty.jsonl holds no examples"),

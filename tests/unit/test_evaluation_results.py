@@ -151,6 +151,17 @@ def test_a_curve_takes_up_new_checkpoints_and_keeps_old_ones(tmp_path):
     assert [entry["step"] for entry, _ in again.waiting()] == [7] and not again.is_complete
 
 
+def test_what_was_begun_of_a_checkpoint_that_is_another_now_is_begun_anew(tmp_path):
+    """Its folder has the same name, and its sums are of other weights."""
+    path = tmp_path / "results.json"
+    old = Results.begin(HEADER, [model(10, "old")])
+    old.keep_progress(old.tree["models"][0], 0, Sums(nats=5.0, num_tokens=3), (1, 0))
+    old.write(path)
+    again = taken_up(Results.begin(HEADER, [model(10, "new")]), path, overwrite=False, keeps_others=True)
+    assert [entry["manifest_checksum"] for entry, _ in again.waiting()] == ["new10"]
+    assert Results.progress(again.tree["models"][0]["sets"][0])[0].num_tokens == 0
+
+
 @pytest.mark.parametrize("content", ["{}", "[1", '{"format": "megamoe-evaluation", "version": 9}'])
 def test_another_file_is_not_overwritten(content, tmp_path):
     path = tmp_path / "notes.json"

@@ -12,6 +12,8 @@ from megamoe.errors import ConfigError, DataError
 from megamoe.generate_commands import _read
 from megamoe.generation.choosing import choose, uniform
 from megamoe.generation.settings import Sampling
+from megamoe.inference import settings as settings_module
+from tests.unit.attempt_cases import save_checkpoint
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -torch.inf, 0.0])
 
@@ -56,6 +58,7 @@ def test_a_draw_is_the_texts_own():
     together = choose(rows, sampling, range(8), step=2)
     for number in range(8):
         assert choose(rows[number : number + 1], sampling, [number], step=2) == together[number]
+    assert uniform(2**63 + 5, 1, 2) != uniform(2**63 + 6, 1, 2), "every bit of a seed counts"
     draws = {uniform(seed, text, step) for seed in range(5) for text in range(5) for step in range(5)}
     assert len(draws) == 125 and all(0.0 <= draw < 1.0 for draw in draws)
 
@@ -83,6 +86,8 @@ def test_prompts_of_a_file(tmp_path, monkeypatch):
     assert _read(str(path)) == ["one", " two "]
     path.write_text(json.dumps({"prompt": "a\nb", "more": 1}) + "\n\n" + json.dumps({"prompt": ""}) + "\n")
     assert _read(str(path)) == ["a\nb", ""]
+    path.write_text("\ufeff" + json.dumps({"prompt": "after a mark"}) + "\n")
+    assert _read(str(path)) == ["after a mark"]
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin\n"))
     assert _read("-") == ["from stdin"]
     for content, message in (
@@ -103,3 +108,30 @@ def test_prompts_of_a_file(tmp_path, monkeypatch):
 def test_what_is_no_model_is_refused(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert capsys.readouterr().err == f"megamoe: error: {tmp_path} is no checkpoint, and no folder with checkpoints\n"
+
+
+def test_ranks_of_a_launcher_do_not_share_an_input(tmp_path, capsys, monkeypatch):
+    save_checkpoint(tmp_path, 1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("MEGAMOE_INIT_METHOD", "file:///nowhere")
+    assert main(["generate", str(tmp_path), "--prompts", "-"]) == 2
+    assert capsys.readouterr().err == (
+        "megamoe: error: --prompts - reads one input, which a launcher's ranks share: put the prompts into a file\n"
+    )
+
+
+def test_a_classifier_gives_no_tokens(tmp_path, capsys, monkeypatch):
+    save_checkpoint(tmp_path, 1)
+    usual = settings_module.config_of
+
+    def classifier(opened):
+        config = usual(opened)
+        return config.model_copy(update={"model": config.model.model_copy(update={"num_labels": 3})})
+
+    monkeypatch.setattr(settings_module, "config_of", classifier)
+    for command in (["generate", str(tmp_path), "--prompt", "x"], ["evaluate", str(tmp_path), "--text", __file__]):
+        assert main(command) == 2
+        assert "is a classifier of 3 labels, which gives no tokens: name a language model" in capsys.readouterr().err
