@@ -1,6 +1,6 @@
 """The layout of a run's folder. No torch: the command line looks here before it starts a rank.
 
-    config.yaml     the resolved configuration
+    config.yaml     the resolved configuration; plan.json what was planned of it, where it was
     log.txt         what was printed
     metrics.jsonl   one JSON object a line; expert_loads.jsonl, events.jsonl likewise
     wandb_run_id    the run's name in Weights & Biases; wandb/, tensorboard/, trackers.log are the services' own
@@ -18,6 +18,7 @@ from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError, ConfigError
 
 __all__ = [
+    "PLAN_FILE",
     "checkpoint_at",
     "checkpoint_name",
     "checkpoints_path",
@@ -26,6 +27,8 @@ __all__ = [
     "resumable_manifest",
     "step_of",
 ]
+
+PLAN_FILE = "plan.json"
 
 
 def checkpoints_path(run_dir: str | os.PathLike[str]) -> Path:

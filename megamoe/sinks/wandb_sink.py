@@ -15,12 +15,12 @@ import megamoe
 from megamoe.checkpoint.files import read_small
 from megamoe.checkpoint.manifest import MANIFEST
 from megamoe.errors import CheckpointError
-from megamoe.runs.run_folder import checkpoint_name, checkpoints_path
+from megamoe.runs.run_folder import PLAN_FILE, checkpoint_name, checkpoints_path
 from megamoe.sinks.feed import Loads, Values
 from megamoe.sinks.names import STEP, load_name, load_peak_name, name_of
 from megamoe.sinks.wandb_file import last_step_of_run
 
-PLAN_FILE, MAX_PLAN_BYTES = "plan.json", 1 << 20
+MAX_PLAN_BYTES = 1 << 20
 FLUSH_SECONDS = 2.0  # a process that is killed loses what is younger
 MOST_BARS = 512  # of a histogram, by the service's own limit
 

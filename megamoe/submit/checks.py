@@ -11,7 +11,7 @@ from megamoe.config.loading import dump_yaml
 from megamoe.config.schema import Config, Corpus
 from megamoe.config.validation import validate_for_training
 from megamoe.errors import ConfigError, DataError
-from megamoe.runs.run_folder import checkpoint_at, resumable_checkpoints, resumable_manifest
+from megamoe.runs.run_folder import PLAN_FILE, checkpoint_at, resumable_checkpoints, resumable_manifest
 from megamoe.runs.stop_file import STOP_FILE
 from megamoe.submit import slurm
 from megamoe.submit.job import JobSettings
@@ -20,7 +20,7 @@ from megamoe.submit.script import Job, Run
 if TYPE_CHECKING:
     from megamoe.plan.plan import Plan
 
-CONFIG_FILE, PLAN_FILE = "config.yaml", "plan.json"  # of the run's folder
+CONFIG_FILE = "config.yaml"  # of the run's folder
 JOB_IDS_FILE = "job-ids"  # in the folder of scripts: one id a line, the newest last
 INDEXED_ENDINGS = (".bin", ".idx")
 

@@ -1,152 +1,179 @@
-"""What jobs do when attempts fail, seen on a real SLURM; nothing is trained, so that a job takes moments."""
+"""`megamoe submit` on a real SLURM: runs that are cut off go on by themselves and end as if nothing had been.
+
+The job that waits for its time limit is submitted first and looked at last: the others run meanwhile. What a run must
+end with is what an uninterrupted one on as many ranks ended with: `whole` on 2 x 2, the array's first on 2 x 1.
+"""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from megamoe.cli import main
-from megamoe.launch.environment import expand_node_list
 from megamoe.runs.attempts import read_attempts
-from tests.slurm.conftest import ROOT, Site
+from megamoe.runs.metrics import read_metrics
+from megamoe.runs.run_folder import resumable_checkpoints
+from tests.slurm.conftest import NUM_STEPS, Site
+from tests.unit.wandb_cases import stored_runs
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+WHOLE = "it's 100% \"whole\""  # a run's name that has to survive sbatch, bash and srun
+ALL_STEPS = list(range(1, NUM_STEPS + 1))
+HELD_STEP = 4
+TRACKED = ("WANDB_MODE=offline", "WANDB_SILENT=true", "WANDB_DISABLE_GIT=true", "WANDB_X_DISABLE_STATS=true")
 
 
-def config(site: Site, name: str) -> str:
-    """A configuration file of its own with the run's folder in it."""
-    settings = json.loads(site.config.read_text())
-    settings["run"]["dir"] = name
-    path = site.folder / f"{name}.yaml"
-    path.write_text(json.dumps(settings))
-    return str(path)
-
-
-def test_an_array_of_runs_that_fail_gives_each_of_them_up(site):
-    """A defect is tried again; every part is queued again for itself, and its output goes on in its file."""
-    names = ["defect-a", "defect-b"]
-    python = site.python("defect", "train", "exit 1")
-    job_id = site.submitted(
-        *(config(site, name) for name in names), "--python", python, "--nodes", "2", "--ranks-per-node", "1",
-        "restart.max_attempts_without_progress=2", "--max-attempts", "5",
+@pytest.fixture(scope="module")
+def limited(site: Site) -> str:
+    """A job that trains four steps and then waits until SLURM says that its time is over; 90 to 120 s from now."""
+    site.hold("limited", HELD_STEP)
+    tracked = [part for variable in TRACKED for part in ("--env", variable)]
+    return site.submit(
+        "limited", "--time", "3", "--signal-seconds", "59", "restart.max_attempts_without_progress=9", *tracked,
+        ranks_per_node=2,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stubborn(site: Site) -> str:
+    """A job whose ranks do not heed the signal before its time limit, in its first attempt."""
+    body = "[ \"$MEGAMOE_ATTEMPT\" = 2 ] && exit 0; trap '' TERM USR1; while :; do sleep 0.5; done"
+    python = site.python("stubborn", "train", body)
+    return site.submit(
+        "stubborn", "--python", python, "--partition", "strict", "--time", "2", "--signal-seconds", "1"
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(site: Site, stubborn: str, limited: str) -> str:
+    """A run that nothing interrupts."""
+    job_id = site.submit(WHOLE, "--gpus-per-node", "2", "run.device=cpu", ranks_per_node=2)
+    assert site.end(WHOLE, job_id) == "COMPLETED"
+    return WHOLE
+
+
+@pytest.fixture(scope="module")
+def array(site: Site, limited: str) -> tuple[str, str]:
+    """Two runs of one job, the second a shorter one with another learning rate."""
+    names = ("array-a", "array b")
+    configs = []
+    for name, lr in zip(names, (0.01, 0.02), strict=True):
+        settings = json.loads(site.config.read_text())
+        settings["run"]["dir"], settings["optimizer"]["lr"] = name, lr
+        configs.append(site.folder / f"{name}.yaml")
+        configs[-1].write_text(json.dumps(settings))
+    job_id = site.submitted(*map(str, configs), "--nodes", "2", "--ranks-per-node", "1")
     site.lab.wait_for_end(job_id)
     for part, name in enumerate(names):
-        job = site.lab.job(f"{job_id}_{part}")
-        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "1")
-        attempts = read_attempts(site.folder / name)
-        assert [attempt.verdict for attempt in attempts] == ["requeue", "stop"]
-        assert [attempt.array_task for attempt in attempts] == [str(part)] * 2
-        assert "attempt 2 ended with exit code 1: stop 2 attempts in a row left no checkpoint" in site.output(name)
+        assert site.steps(name) == ALL_STEPS, site.output(name)
+        assert (site.folder / name / "slurm" / f"job-{job_id}_{part}.out").exists()
+    return names
 
 
-def test_what_the_user_must_mend_is_not_tried_again(site):
-    job_id = site.submit("to-mend", "--python", site.python("to-mend", "train", "exit 2"))
-    assert site.end("to-mend", job_id) == "FAILED"
-    assert site.lab.job(job_id)["ExitCode"] == "2:0"
-    assert [attempt.verdict for attempt in read_attempts(site.folder / "to-mend")] == ["stop"]
+def assert_equal_runs(site: Site, whole: str, name: str) -> None:
+    """The same steps with the same losses, and the last checkpoints equal to the bit."""
+    assert site.steps(name) == ALL_STEPS
+    paths = [str(site.folder / each) for each in (whole, name)]
+    assert main(["checkpoint", "diff", *paths]) == 0
+    losses = [[line["loss"] for line in read_metrics(Path(path) / "metrics.jsonl")] for path in paths]
+    assert losses[0] == losses[1]
 
 
-def test_hosts_found_bad_are_left_out_beside_those_that_the_user_left_out(site):
-    body = '[ "$MEGAMOE_ATTEMPT" = 1 ] && echo "requeue exclude=$(hostname)" || echo "stop done"'
-    job_id = site.submitted(
-        config(site, "picky"), "--python", site.python("picky", "after-attempt|train", body), "--ranks-per-node", "1",
-        "--constraint", "shaky", "--exclude", "mmlab5", "parallel.expert_parallel_size=1",
-    )  # fmt: skip
-    site.lab.wait_for_end(job_id)
-    first, second = read_attempts(site.folder / "picky")
-    assert {*first.hosts, *second.hosts} == {"mmlab3", "mmlab4"}
-    excluded = expand_node_list(site.lab.job(job_id)["ExcNodeList"])
-    assert sorted(excluded) == sorted([*first.hosts, "mmlab5"])
+def test_a_job_trains_to_the_end(site, whole):
+    assert site.steps(whole) == ALL_STEPS
+    output = site.output(whole)
+    assert "tensor 2 x data 2" in output and "attempt 1 ended with exit code 0: stop done" in output
+    (attempt,) = read_attempts(site.folder / whole)
+    assert attempt.hosts == ("mmlab1", "mmlab2") and attempt.verdict == "stop"
+    assert (site.folder / whole / "slurm" / "job.sbatch").read_text().startswith("#!/bin/bash\n#SBATCH --job-name=")
 
 
-@pytest.mark.slow
-def test_torchruns_exit_code_does_not_hide_that_of_its_ranks(site):
-    """Its own is 1, of a defect, which would be tried again."""
-    job_id = site.submitted(
-        config(site, "no-data"), "--launcher", "torchrun", "--ranks-per-node", "1", "--no-path-checks",
-        "data.train=[{path: gone}]", "parallel.expert_parallel_size=1",
-    )  # fmt: skip
-    assert site.end("no-data", job_id) == "FAILED"
-    assert site.lab.job(job_id)["ExitCode"] == "2:0"
-    assert [(attempt.exit_code, attempt.verdict) for attempt in read_attempts(site.folder / "no-data")] == [(2, "stop")]
+def test_a_complete_run_is_not_submitted_again(site, whole, capsys):
+    assert main(["submit", str(site.config), f"run.dir={whole}", "--ranks-per-node", "4"]) == 2
+    assert f"is complete: step {NUM_STEPS} of {NUM_STEPS}" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_node_that_preflight_finds_bad_is_left_out(site):
-    """On one node files may not grow, so that preflight cannot write into the run's folder from there."""
-    bad = "mmlab4"
-    body = f'[ "$(hostname)" = {bad} ] && ulimit -f 100; exec "{site.usual_python}" "$@"'
-    python = site.python("preflight", "preflight", body, "train", "exit 0")
-    job_id = site.submitted(
-        config(site, "tested"), "--python", python, "--nodes", "2", "--ranks-per-node", "1", "--constraint", "shaky",
-        "--preflight", "preflight.min_relative_compute=0", "preflight.min_relative_bandwidth=0",
-    )  # fmt: skip
-    assert site.end("tested", job_id) == "COMPLETED"
-    first, second = read_attempts(site.folder / "tested")
-    assert (first.exit_code, first.excluded_hosts) == (5, (bad,)) and bad in first.hosts
-    assert second.exit_code == 0 and bad not in second.hosts
+def test_two_jobs_do_not_train_one_run(site, limited, capsys):
+    arguments = ["submit", str(site.config), "run.dir=limited", "--ranks-per-node", "4"]
+    assert main(arguments) == 2
+    assert re.search(rf"job {limited} of \S+/limited is (RUNNING|PENDING): scancel it first", capsys.readouterr().err)
 
 
-def test_without_requeue_the_exit_code_is_that_of_training(site):
-    job_id = site.submit("once", "--no-requeue", "--python", site.python("once", "train", "exit 75"))
-    assert site.end("once", job_id) == "FAILED"
-    assert site.lab.job(job_id)["ExitCode"] == "75:0" and site.lab.job(job_id)["Restarts"] == "0"
+def test_an_array_trains_several_runs(site, array):
+    losses = [[line["loss"] for line in read_metrics(site.folder / name / "metrics.jsonl")] for name in array]
+    assert losses[0][0] == losses[1][0] and losses[0][-1] != losses[1][-1]
+    assert "tensor 1 x data 2" in site.output(array[1])
 
 
-def test_a_dry_run_asks_slurm(site, capsys):
-    command = ["submit", config(site, "dry"), "--ranks-per-node", "1", "--cluster-settings", str(site.settings)]
-    before = site.job_ids()
-    assert main([*command, "--nodes", "2", "--dry-run"]) == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith("#!/bin/bash\n") and "to start at" in captured.err
-    assert main([*command, "--nodes", "2", "--partition", "gpu", "--dry-run"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("megamoe: error: sbatch refused: invalid partition specified: gpu")
-    assert error.count("\n") == 1
-    assert site.job_ids() == before and not (site.folder / "dry").exists()
-
-
-@pytest.mark.slow
-def test_the_scripts_for_those_who_submit_themselves(site):
-    """train.sbatch, convert.sbatch and evaluate.sbatch as they are shipped, from the root of the repository."""
-    scripts = ROOT / "launch_scripts" / "slurm"
-    common = ["sbatch", "--parsable", f"--chdir={ROOT}", "--constraint=steady", f"--output={site.folder}/plain-%j.out"]
-    run = site.folder / "plain"
-    job_id = site.lab.command(
-        *common, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", str(scripts / "train.sbatch"),
-        str(site.config), f"run.dir={run}", f"data.train=[{{path: {site.folder / 'text'}}}]", "run.num_steps=3",
-        "run.device=cpu",
-    )  # fmt: skip
-    state = site.lab.wait_for_end(job_id)
-    assert state == "COMPLETED", (site.folder / f"plain-{job_id}.out").read_text()
-    assert site.steps("plain") == [1, 2, 3]
-    options = ["--no-verify", "--no-tokenizer", "--drops-off"]
-    job_id = site.lab.command(
-        *common, str(scripts / "convert.sbatch"), "to-hf", str(run), str(site.folder / "converted"), *options
-    )
-    state = site.lab.wait_for_end(job_id)
-    assert state == "COMPLETED", (site.folder / f"plain-{job_id}.out").read_text()
-    assert (site.folder / "converted" / "config.json").exists()
-    results = site.folder / "results.json"
-    job_id = site.lab.command(
-        *common, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", str(scripts / "evaluate.sbatch"), str(run),
-        "--text", str(site.folder / "text"), "--out", str(results), "run.device=cpu", "parallel.expert_parallel_size=2",
-    )  # fmt: skip
-    state = site.lab.wait_for_end(job_id)
-    assert state == "COMPLETED", (site.folder / f"plain-{job_id}.out").read_text()
-    assert json.loads(results.read_text())["models"][0]["step"] == 3
-    assert json.loads(results.read_text())["is_complete"]
-
-
-def test_a_job_that_is_cancelled_does_not_come_back(site):
-    """Although its ranks leave with the exit code of an interruption that is gone on from."""
-    ready = site.folder / "ready"
-    body = f"trap 'exit 75' TERM USR1; touch '{ready}'; while :; do sleep 0.2; done"
-    job_id = site.submit("unwanted", "--python", site.python("unwanted", "train", body))
-    site.lab.wait_for(ready.exists, "ranks")
+def test_a_cancelled_job_saves_and_does_not_come_back(site, array):
+    site.hold("cancelled", HELD_STEP)
+    job_id = site.submit("cancelled")
+    site.wait_for_step("cancelled", HELD_STEP)
     site.lab.command("scancel", job_id)
-    assert site.end("unwanted", job_id) == "CANCELLED"
+    site.release("cancelled")
+    assert site.end("cancelled", job_id) == "CANCELLED"
+    assert resumable_checkpoints(site.folder / "cancelled")[0].name == f"step_{HELD_STEP + 1:08}"
     assert site.lab.job(job_id)["Restarts"] == "0"
-    (attempt,) = read_attempts(site.folder / "unwanted")
-    assert (attempt.exit_code, attempt.verdict) == (75, "requeue")
-    assert "not queued again, for SLURM ends it: COMPLETING" in site.output("unwanted")
+
+
+def test_a_node_that_dies_is_replaced(site, array):
+    site.hold("bereft", HELD_STEP)
+    job_id = site.submit("bereft", "--constraint", "shaky", "checkpoint.save_interval_steps=2")
+    saved = site.folder / "bereft" / "checkpoints" / f"step_{HELD_STEP:08}"
+    site.lab.wait_for(saved.exists, "the checkpoint of the fourth step", 400)
+    lost = read_attempts(site.folder / "bereft")[0].hosts[1]  # not the one where the script runs
+    site.lab.kill_node(lost)
+    site.release("bereft")
+    try:
+        assert site.end("bereft", job_id) == "COMPLETED"
+    finally:
+        site.lab.start_node(lost)
+    attempts = read_attempts(site.folder / "bereft")
+    assert len(attempts) == 2 and lost not in attempts[1].hosts and attempts[1].step_before == HELD_STEP
+    assert_equal_runs(site, array[0], "bereft")
+
+
+def test_a_job_that_is_cut_off_at_its_time_limit_is_queued_again(site, stubborn):
+    """SLURM kills ranks and script; attempts of that kind are counted by the next one."""
+    assert site.end("stubborn", stubborn) == "COMPLETED"
+    assert "cut off at its time limit and queued again" in site.output("stubborn")
+    attempts = read_attempts(site.folder / "stubborn")
+    assert [attempt.verdict for attempt in attempts][-1] == "stop" and len(attempts) == 2
+    assert attempts[1].exit_code == 0 and attempts[1].restart_count == 1
+
+
+def test_torchrun_is_interrupted_and_goes_on(site, array):
+    """By the signal that SLURM sends to a batch script; torchrun's own exit code would be that of a failure."""
+    site.hold("torchrun", HELD_STEP)
+    job_id = site.submit("torchrun", "--launcher", "torchrun")
+    site.wait_for_step("torchrun", HELD_STEP)
+    site.lab.command("scancel", "--batch", "--signal=USR1", job_id)
+    site.lab.wait_for(lambda: "asked to stop" in site.output("torchrun"), "the signal")
+    site.release("torchrun")
+    assert site.end("torchrun", job_id) == "COMPLETED"
+    attempts = read_attempts(site.folder / "torchrun")
+    assert [attempt.exit_code for attempt in attempts] == [75, 0]
+    assert attempts[1].step_before == HELD_STEP + 1
+    assert_equal_runs(site, array[0], "torchrun")
+
+
+def test_a_job_that_meets_its_time_limit_goes_on(site, whole, limited):
+    """A machine that is so busy that the limit comes before the fourth step has more attempts to show."""
+    site.wait_for_step("limited", HELD_STEP)
+    number = len(read_attempts(site.folder / "limited"))
+    site.lab.wait_for(lambda: site.output("limited").count("asked to stop") == number, "the signal", 180)
+    assert site.steps("limited") == ALL_STEPS[:HELD_STEP]
+    site.release("limited")
+    assert site.end("limited", limited) == "COMPLETED"
+    attempts = read_attempts(site.folder / "limited")
+    assert [attempt.exit_code for attempt in attempts] == [75] * number + [0]
+    assert [attempt.restart_count for attempt in attempts] == list(range(number + 1))
+    assert [attempt.step_after for attempt in attempts[-2:]] == [HELD_STEP + 1, NUM_STEPS]
+    assert f"resumed at step {HELD_STEP + 1} of {NUM_STEPS}" in site.output("limited")
+    assert_equal_runs(site, whole, "limited")
+    stored = [each for each in stored_runs(site.folder / "limited") if each.history]
+    assert len(stored) >= 2
+    assert {each.run.run_id for each in stored} == {(site.folder / "limited" / "wandb_run_id").read_text().strip()}
+    assert [step for each in stored for step in each.steps] == ALL_STEPS
