@@ -5,6 +5,7 @@ have no grouped product.
     a [R, f] (gated [R, 2 f]) before the activation, g [R, f] after it
 
 x and a are kept for the backward pass, and g, which takes as much as a (gated: half), unless it is to be made again.
+Without a backward pass neither a nor g is ever whole: a block's are written over the last block's, in the cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,8 +54,40 @@ def expert_by_expert_ffn(
     Nothing is padded to the fullest expert, results are written where they belong, and the gradient of a weight that
     has one already is added to it in place (`gradient_memory`). Times against products alone: docs/benchmarks.md.
     """
+    if not torch.is_grad_enabled():
+        return _forward(x, weights, _blocks(rows_per_expert, weights.weight2.shape[2]), rows_per_expert, activation)
     keeps_g = not recompute_activation and compute_dtype(x) is x.dtype
     return _ExpertByExpert.apply(x, *weights, rows_per_expert, activation, keeps_g)
+
+
+def _forward(
+    x: Tensor,
+    weights: ExpertWeights,
+    blocks: list["_Block"],
+    rows_per_expert: list[int],
+    activation: Activation,
+    kept_a: Tensor | None = None,
+    kept_g: Tensor | None = None,
+) -> Tensor:
+    """y, and a and g of all rows in the last two where they are given."""
+    matrices1, matrices2 = weights.weight1.flatten(1, -2), weights.weight2
+    y = torch.empty_like(x)
+    xs, ys = x.split(rows_per_expert), y.split(rows_per_expert)
+    weights1, weights2 = matrices1.transpose(1, 2).unbind(), matrices2.transpose(1, 2).unbind()
+    biases1, biases2 = _per_expert(weights.bias1, len(xs)), _per_expert(weights.bias2, len(xs))
+
+    def work(own_blocks: Iterator[_Block]) -> None:
+        scratch_a = _Scratch(x, matrices1.shape[1], dtype=x.dtype)
+        scratch_g = _Scratch(x, matrices2.shape[2])
+        for experts, rows, counts in own_blocks:
+            a = scratch_a.for_rows(sum(counts))[0] if kept_a is None else kept_a[rows]
+            g = scratch_g.for_rows(sum(counts))[0] if kept_g is None else kept_g[rows]
+            _products(xs[experts], weights1[experts], a.split(counts), biases1[experts])
+            activation.forward_into(a.to(g.dtype), g)
+            _products(g.split(counts), weights2[experts], ys[experts], biases2[experts])
+
+    _do(blocks, work, matrices2)
+    return y
 
 
 class _ExpertByExpert(torch.autograd.Function):
@@ -70,23 +103,10 @@ class _ExpertByExpert(torch.autograd.Function):
         activation: Activation,
         keeps_g: bool,
     ) -> Tensor:
-        matrices1, matrices2 = weight1.flatten(1, -2), weight2
-        a, y = x.new_empty((x.shape[0], matrices1.shape[1])), torch.empty_like(x)
-        kept_g = x.new_empty((x.shape[0], matrices2.shape[2])) if keeps_g else None
-        xs, as_, ys = (rows.split(rows_per_expert) for rows in (x, a, y))
-        weights1, weights2 = matrices1.transpose(1, 2).unbind(), matrices2.transpose(1, 2).unbind()
-        biases1, biases2 = _per_expert(bias1, len(xs)), _per_expert(bias2, len(xs))
-        blocks = _blocks(rows_per_expert, matrices2.shape[2])
-
-        def work(own_blocks: Iterator[_Block]) -> None:
-            scratch = _Scratch(x, matrices2.shape[2])
-            for experts, rows, counts in own_blocks:
-                _products(xs[experts], weights1[experts], as_[experts], biases1[experts])
-                g = scratch.for_rows(sum(counts))[0] if kept_g is None else kept_g[rows]
-                activation.forward_into(a[rows].to(g.dtype), g)
-                _products(g.split(counts), weights2[experts], ys[experts], biases2[experts])
-
-        _do(blocks, work, matrices2)
+        weights, blocks = ExpertWeights(weight1, bias1, weight2, bias2), _blocks(rows_per_expert, weight2.shape[2])
+        a = x.new_empty((x.shape[0], weight1.flatten(1, -2).shape[1]))
+        kept_g = x.new_empty((x.shape[0], weight2.shape[2])) if keeps_g else None
+        y = _forward(x, weights, blocks, rows_per_expert, activation, a, kept_g)
         ctx.save_for_backward(x, a, weight1, weight2, kept_g)
         ctx.parameters = weight1, weight2  # saved tensors may come back as other objects, without `.grad`
         ctx.bias_shapes = tuple(None if bias is None else bias.shape for bias in (bias1, bias2))
@@ -176,14 +196,14 @@ def _divided(blocks: list[_Block], ffn: int, num_threads: int) -> tuple[list[_Bl
 class _Scratch:
     """Memory for values of one block's rows, used again for the next, which has no more rows."""
 
-    def __init__(self, x: Tensor, *widths: int) -> None:
+    def __init__(self, x: Tensor, *widths: int, dtype: torch.dtype | None = None) -> None:
         self._x, self._widths, self._memory = x, widths, ()
+        self._dtype = compute_dtype(x) if dtype is None else dtype
 
     def for_rows(self, num_rows: int) -> tuple[Tensor, ...]:
         """One tensor [num_rows, width] for each width."""
         if not self._memory:
-            dtype = compute_dtype(self._x)
-            self._memory = tuple(self._x.new_empty((num_rows, width), dtype=dtype) for width in self._widths)
+            self._memory = tuple(self._x.new_empty((num_rows, width), dtype=self._dtype) for width in self._widths)
         return tuple(memory[:num_rows] for memory in self._memory)
 
 

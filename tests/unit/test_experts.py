@@ -38,7 +38,7 @@ def test_stacked_experts_are_the_plain_experts(monkeypatch, load, block_elements
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("load", LOADS)
 def test_what_is_kept_for_the_backward_pass_is_a_choice_of_memory(load, gated):
-    """The same bits, with what follows the activation [R, f] kept or made again."""
+    """The same bits, with what follows the activation [R, f] kept or made again, and with nothing kept at all."""
     results, kept_sizes = [], []
     for recompute in (False, True):
         experts = make_experts(4, gated=gated, recompute_activation=recompute, hidden=6, ffn=11)
@@ -48,6 +48,8 @@ def test_what_is_kept_for_the_backward_pass_is_a_choice_of_memory(load, gated):
             y = experts(buffer, LOADS[load])
         kept_sizes.append(sum(tensor.numel() for tensor in kept))
         results.append([y, *torch.autograd.grad(y, leaves, seed)])
+        with torch.no_grad():
+            torch.testing.assert_close(experts(buffer, LOADS[load]), y, rtol=0, atol=0)
     assert kept_sizes[0] - kept_sizes[1] == 11 * sum(LOADS[load])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
