@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study of laptop.yaml, where megamoe is installed: builds its texts from Debian's documentation packages (apt-get
-# and dpkg-deb are needed, nothing is installed; a minute), tokenizes them, trains 11 runs, evaluates them, and writes
+# and dpkg-deb are needed, nothing is installed; a minute), tokenizes them, trains 12 runs, evaluates them, and writes
 # runs/laptop/index.html: about an hour on two quiet cores, 3 GB of disk. Run again, it goes on where it was. Options go
 # to `megamoe study`.
 #
