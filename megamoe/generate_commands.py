@@ -56,7 +56,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> Any:
-    from megamoe.data.tokenizers import build_tokenizer
+    from megamoe.data.tokenizers import tokenizer_of_model
     from megamoe.inference.settings import forward_config
     from megamoe.launch.environment import rank_environment
 
@@ -64,12 +64,7 @@ def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> A
         raise ConfigError("--prompts - reads one input, which a launcher's ranks share: put the prompts into a file")
     texts = options.prompt or _read(options.prompts)
     config = forward_config(checkpoint, options.overrides, num_ranks=num_ranks)
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model of {checkpoint} {config.model.vocab_size}: "
-            "name the one that it was trained with, as in data.tokenizer.path=…"
-        )
+    tokenizer = tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
     context = config.model.seq_length
     prompts = []
     for number, text in enumerate(texts):

@@ -134,8 +134,7 @@ def _located(source: str, options: argparse.Namespace) -> "LocatedTask":
 
 def _config(checkpoint: Path, options: argparse.Namespace, num_ranks: int) -> "Config":
     """Raises ConfigError, and DataError where the tokenizer is missing or has more ids than the model."""
-    from megamoe.data.tokenizers import build_tokenizer
-    from megamoe.errors import DataError
+    from megamoe.data.tokenizers import tokenizer_of_model
     from megamoe.inference.settings import forward_config
 
     for override in options.overrides:
@@ -145,12 +144,7 @@ def _config(checkpoint: Path, options: argparse.Namespace, num_ranks: int) -> "C
                 "depend on those beside it"
             )
     config = forward_config(checkpoint, (*_DEFAULTS, *options.overrides), num_ranks=num_ranks)
-    size = build_tokenizer(config.data.tokenizer).vocab_size
-    if size > config.model.vocab_size:
-        raise DataError(
-            f"the tokenizer has {size} ids, but the model knows {config.model.vocab_size}: name the one that it was "
-            "trained with by data.tokenizer.kind and data.tokenizer.path"
-        )
+    tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
     return config
 
 

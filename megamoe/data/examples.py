@@ -14,7 +14,7 @@ from megamoe.config.schema import Config
 from megamoe.data.batches import Row
 from megamoe.data.example_files import Record, read_records
 from megamoe.data.order import Permutation
-from megamoe.data.tokenizers import Tokenizer, build_tokenizer
+from megamoe.data.tokenizers import Tokenizer, tokenizer_of_model
 from megamoe.errors import DataError
 
 
@@ -90,12 +90,8 @@ def open_examples(config: Config) -> ExampleSplits:
     Raises DataError, naming file and line, for what is no example of the task, for one that is too long where that is
     refused, and for a tokenizer that does not fit the model.
     """
-    tokenizer, finetune = build_tokenizer(config.data.tokenizer), config.finetune
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"data.tokenizer {config.data.tokenizer.kind} makes {tokenizer.vocab_size} ids, but model.vocab_size is "
-            f"{config.model.vocab_size}: name the tokenizer that the model was trained with"
-        )
+    finetune = config.finetune
+    tokenizer = tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
     train, num_cut = _encoded(finetune.train_files, config, tokenizer)
     valid, num_valid_cut = _encoded(finetune.valid_files, config, tokenizer) if finetune.valid_files else ([], 0)
     notes = [

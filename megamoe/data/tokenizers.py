@@ -61,6 +61,21 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return Gpt2BpeTokenizer(config.path)
 
 
+def tokenizer_of_model(config: TokenizerConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a configuration names, for a model of `vocab_size` ids.
+
+    Raises:
+        DataError: as `build_tokenizer`, and where it makes ids that the model has not.
+    """
+    tokenizer = build_tokenizer(config)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"data.tokenizer {config.kind} makes {tokenizer.vocab_size} ids, but model.vocab_size is {vocab_size}: "
+            "name the tokenizer that the model was trained with, as in data.tokenizer.path=…"
+        )
+    return tokenizer
+
+
 class ByteTokenizer:
     """One id per byte of UTF-8: 0 to 3 are special, byte b is 4 + b. Needs no files."""
 

@@ -18,7 +18,7 @@ from megamoe.data.manifest import check_tokenizer, check_vocabulary, read_manife
 from megamoe.data.preprocess import CHUNK_BYTES, encode_chunk
 from megamoe.data.readers import read_chunks
 from megamoe.data.token_bytes import TokenBytes, token_bytes
-from megamoe.data.tokenizers import Tokenizer, build_tokenizer
+from megamoe.data.tokenizers import Tokenizer, build_tokenizer, tokenizer_of_model
 from megamoe.errors import DataError
 from megamoe.evaluation.sets import TextSet
 from megamoe.evaluation.windows import WindowPlan, plan_windows
@@ -162,24 +162,13 @@ def check_sets(texts: Sequence[TextSet], *, tokenizer: TokenizerConfig, vocab_si
         if text.settings.format == "indexed":
             notes += open_set(text, Path(), tokenizer=tokenizer, vocab_size=vocab_size).notes
     if any(text.settings.format != "indexed" for text in texts):
-        built = usable_tokenizer(tokenizer, vocab_size)
+        built = tokenizer_of_model(tokenizer, vocab_size)
         if built.vocab_size < vocab_size // 2:
             notes.append(
                 f"the tokenizer (data.tokenizer.kind {built.kind}) has {built.vocab_size} ids, the model {vocab_size}: "
                 "if it is not the model's own, results mean nothing"
             )
     return notes
-
-
-def usable_tokenizer(config: TokenizerConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer that makes ids of text for a model of `vocab_size` ids. Raises DataError where it cannot be."""
-    tokenizer = build_tokenizer(config)
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"the tokenizer (data.tokenizer.kind {config.kind}) has {tokenizer.vocab_size} ids, the model "
-            f"{vocab_size}: name the model's own with data.tokenizer.kind=… data.tokenizer.path=…"
-        )
-    return tokenizer
 
 
 def describe_tokenizer(config: TokenizerConfig) -> dict[str, Any]:

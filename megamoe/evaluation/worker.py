@@ -19,8 +19,8 @@ from megamoe.inference.worker import forward_model  # first: it quietens the eng
 import torch.distributed as dist
 
 from megamoe.config.schema import Config
-from megamoe.data.tokenizers import Tokenizer
-from megamoe.evaluation.corpora import OpenSet, open_set, tokenize, usable_tokenizer
+from megamoe.data.tokenizers import tokenizer_of_model
+from megamoe.evaluation.corpora import OpenSet, open_set, tokenize
 from megamoe.evaluation.results import Results
 from megamoe.evaluation.scoring import score_set
 from megamoe.evaluation.sets import TextSet
@@ -132,7 +132,7 @@ class Evaluation:
                     self.line.show(what)
                 tick()
 
-            tokenizer: Tokenizer = usable_tokenizer(config.data.tokenizer, config.model.vocab_size)
+            tokenizer = tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
             for text, prefix in wanted:
                 tokenize(text, tokenizer, prefix, told)
 

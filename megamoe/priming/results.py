@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megamoe.checkpoint.files import replace_file
+from megamoe.checkpoint.outputs import writing
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.errors import OutputError
 from megamoe.runs.json_lines import append_json_line, read_json_lines
@@ -66,22 +68,15 @@ def write_part(out: Path | None, part: Part, content: Mapping[str, Any]) -> dict
         "task": part.task, "num_shots": part.num_shots, "draw": part.draw, "identity": part.identity, **content
     }  # fmt: skip
     if out is not None:
-        try:
+        with writing(parts_path(out)):
             append_json_line(parts_path(out), line, durable=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {parts_path(out)}: {error.strerror or error}") from None
     return json.loads(json.dumps(line))
 
 
 def write_whole(path: Path, text: str) -> None:
     """As one act: readers see the old or the new content. Raises OutputError."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+    with writing(path):
+        replace_file(path, text.encode())
 
 
 def check_writable(*paths: Path | None) -> None:

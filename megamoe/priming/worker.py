@@ -77,15 +77,16 @@ def _all_parts(
     """The content of each part, on rank 0; what is not done yet is computed and kept. Collective."""
     is_first = dist.get_rank() == 0
     progress, found = Progress(len(parts)) if is_first else None, []
-    loaded: tuple[LocatedTask, tuple[list[Example], list[Example]]] | None = None
+    current: tuple[LocatedTask, list[Example], Prompter] | None = None  # a task has a part for each draw of shots
     for number, ((located, part), is_there) in enumerate(zip(parts, is_done, strict=True)):
         if not is_there:
-            if loaded is None or loaded[0] is not located:
-                loaded = located, settings.load(located)
+            if current is None or current[0] is not located:
+                examples, pool = settings.load(located)
+                current = located, examples, Prompter(settings, located.task, model.config, pool)
+            _, examples, prompter = current
             if progress:
-                progress.begin(number, part, len(loaded[1][0]))
-            on_done = progress.add if progress else _say_nothing
-            content = compute_part(model, located.task, settings, part, *loaded[1], on_done=on_done)
+                progress.begin(number, part, len(examples))
+            content = compute_part(model, prompter, part, examples, on_done=progress.add if progress else _say_nothing)
             if is_first:
                 found.append(write_part(out, part, content))
         elif is_first:
@@ -101,17 +102,14 @@ def _say_nothing(count: float) -> None:
 
 def compute_part(
     model: ForwardModel,
-    task: Task,
-    settings: PrimingSettings,
+    prompter: Prompter,
     part: Part,
     examples: Sequence[Example],
-    pool: Sequence[Example],
     *,
     on_done: Callable[[float], None] = _say_nothing,
 ) -> dict[str, Any]:
     """Score every example once. Collective over all ranks."""
-    found: list[dict[str, Any]] = []
-    prompter = Prompter(settings, task, model.config, pool)
+    task, found = prompter.task, []
     counts = {"num_dropped_shots": 0, "num_cut_texts": 0, "num_prompt_tokens": 0, "num_not_finite": 0}
     for first, window in windows(examples, WINDOW):
         prompts = [
