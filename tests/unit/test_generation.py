@@ -18,10 +18,7 @@ from tests.unit.attempt_cases import save_checkpoint
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -torch.inf, 0.0])
 
 
-def frequencies(sampling: Sampling, num_draws: int = 4_000) -> np.ndarray:
-    rows = LOGITS.expand(num_draws, -1)
-    ids = choose(rows, sampling, range(num_draws), step=3)
-    return np.bincount(ids.numpy(), minlength=len(LOGITS)) / num_draws
+NUM_DRAWS = 4_000
 
 
 def expected(temperature: float, kept: list[int]) -> np.ndarray:
@@ -45,7 +42,14 @@ def expected(temperature: float, kept: list[int]) -> np.ndarray:
     ],
 )
 def test_draws_follow_what_is_left_of_the_distribution(sampling, temperature, kept):
-    np.testing.assert_allclose(frequencies(sampling), expected(temperature, kept), atol=0.03)
+    """Each draw is where its uniform number falls among the kept ids, the likeliest first."""
+    ids = choose(LOGITS.expand(NUM_DRAWS, -1), sampling, range(NUM_DRAWS), step=3).numpy()
+    weights = expected(temperature, kept)
+    likeliest_first = np.argsort(-weights, kind="stable")
+    numbers = np.array([uniform(sampling.seed, text, 3) for text in range(NUM_DRAWS)])
+    places = np.searchsorted(weights[likeliest_first].cumsum(), numbers, side="right")
+    np.testing.assert_array_equal(ids, likeliest_first[places])
+    np.testing.assert_allclose(np.bincount(ids, minlength=len(LOGITS)) / NUM_DRAWS, weights, atol=0.03)
 
 
 def test_the_likeliest_token():
