@@ -64,18 +64,21 @@ def figure(picture: Picture) -> str:
 
 
 def svg(picture: Picture) -> str:
+    label = escape(description(picture))
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{chart_marks(picture)}</svg>'
+
+
+def chart_marks(picture: Picture) -> str:
+    """Axes, lines, dots and bands: what an SVG of WIDTH x HEIGHT holds."""
     x_scale, y_scale = _scales(picture)
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_described(picture))}">',
-        *_axes(picture, x_scale, y_scale),
-    ]
+    parts = [*_axes(picture, x_scale, y_scale)]
     for each in picture.series:
         if len(each.low):
             parts.append(f'<path class="range {each.colour}" d="{_band(each, x_scale, y_scale)}"/>')
     for each in picture.series:
         parts += _drawn(each, x_scale, y_scale)
     parts += _end_labels(picture.series, x_scale, y_scale)
-    return "".join([*parts, "</svg>"])
+    return "".join(parts)
 
 
 def _scales(picture: Picture) -> tuple[Scale, Scale]:
@@ -179,18 +182,23 @@ def _legend(picture: Picture) -> str:
     for each in picture.series:
         if not each.in_legend:
             continue
-        dash = f' stroke-dasharray="{each.dash}"' if each.dash else ""
-        line = f'<path class="swatch-line"{dash} d="M1 5H25"/>' if each.has_line else ""
-        kind = "ring" if each.is_open else "disc"
-        dot = f'<circle class="{kind}" cx="13" cy="5" r="{min(each.dot, 7) / 2:.1f}"/>' if each.dot else ""
         parts.append(
-            f'<span><svg class="{each.colour}" viewBox="0 0 26 10" aria-hidden="true">{line}{dot}</svg>'
+            f'<span><svg class="{each.colour}" viewBox="0 0 26 10" aria-hidden="true">{legend_marks(each)}</svg>'
             f"{escape(each.name)}</span>"
         )
     return f'<div class="study-legend">{"".join(parts)}</div>' if parts else ""
 
 
-def _described(picture: Picture) -> str:
+def legend_marks(each: Series) -> str:
+    """What stands before a name in a legend: 26 x 10."""
+    dash = f' stroke-dasharray="{each.dash}"' if each.dash else ""
+    line = f'<path class="swatch-line"{dash} d="M1 5H25"/>' if each.has_line else ""
+    kind = "ring" if each.is_open else "disc"
+    dot = f'<circle class="{kind}" cx="13" cy="5" r="{min(each.dot, 7) / 2:.1f}"/>' if each.dot else ""
+    return line + dot
+
+
+def description(picture: Picture) -> str:
     """In words, for those who cannot see it."""
     texts = []
     for each in picture.series:

@@ -17,7 +17,7 @@ def rules(study: StudySettings, runs: Sequence[StudyRun]) -> list[str]:
     read = "" if epochs is None else f", {epochs:.2f} of the text: no token is met twice" if epochs <= 1 else (
         f", which reads the text {epochs:.2f} times"
     )  # fmt: skip
-    rates = {run.model.name: run.config.optimizer.lr for run in runs}
+    rates = {run.model.name: _learning_rate(run) for run in runs}
     texts = [
         f"Every model is trained on {count_text(runs[0].num_tokens)} tokens{read}; runs of one seed see the same "
         "samples in the same order.",
@@ -25,7 +25,7 @@ def rules(study: StudySettings, runs: Sequence[StudyRun]) -> list[str]:
         f"{first.run.num_steps:,} steps, {first.optimizer.name} with a {first.optimizer.schedule} schedule, "
         f"{first.optimizer.warmup_steps} steps of warmup, {first.run.precision}.",
         "Learning rates by model: "
-        + "; ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        + "; ".join(f"{name} {rate}" for name, rate in rates.items())
         + ". They were chosen beforehand, not tuned for each model.",
         f"Models may differ in {', '.join((*MAY_DIFFER, *study.may_differ))} (a dot at the end: all of a section). "
         "Anything else that differed would have been refused.",
@@ -43,6 +43,12 @@ def rules(study: StudySettings, runs: Sequence[StudyRun]) -> list[str]:
         f"{vocabulary}. These runs need not have recomputed: time and memory are as measured."
     )
     return texts
+
+
+def _learning_rate(run: StudyRun) -> str:
+    optimizer, has_experts = run.config.optimizer, run.config.moe.num_experts > 0
+    of_experts = f" (experts {optimizer.expert_lr_scale:g} of it)" if has_experts else ""
+    return f"{optimizer.lr:g}{of_experts}"
 
 
 def limits(study: StudySettings, runs: Sequence[StudyRun], points: Sequence[Point]) -> list[str]:

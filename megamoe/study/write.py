@@ -1,24 +1,28 @@
-"""What a study leaves behind: study.jsonl, speedup.csv and index.html, each replaced as one act. No torch."""
+"""What a study leaves behind: study.jsonl, speedup.csv, a page and its main pictures, each replaced as one act.
+
+No torch.
+"""
 
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megamoe.checkpoint.files import replace_file
 from megamoe.errors import OutputError
 from megamoe.study.html import html_study
 from megamoe.study.ladder import StudyRun
-from megamoe.study.pictures import METHOD_NAMES, domain_name
-from megamoe.study.points import POINTS_FILE, Point, write_points
+from megamoe.study.pictures import METHOD_NAMES, cost_picture, domain_name, speedup_picture
+from megamoe.study.points import POINTS_FILE, Point, domains_of, write_points
 from megamoe.study.schema import StudySettings
 from megamoe.study.scoring import collect_points
 from megamoe.study.speedup import Speedup, analyse
 from megamoe.study.states import is_trained
+from megamoe.study.svg_files import svg_file
 from megamoe.study.training import Failure
 
-SPEEDUP_FILE, PAGE = "speedup.csv", "index.html"
+SPEEDUP_FILE, PAGE, PICTURES = "speedup.csv", "index.html", "pictures"
 COLUMNS = (
     "domain", "cost", "method", "target_nats_per_token", "baseline_cost", "compared_cost", "factor", "low", "high",
     "share_of_replicates",
@@ -45,11 +49,27 @@ def write_study(study: StudySettings, runs: Sequence[StudyRun], failures: Sequen
         write_points(folder / POINTS_FILE, points)
         replace_file(folder / SPEEDUP_FILE, csv_text(factors).encode())
         replace_file(folder / PAGE, page.encode())
+        (folder / PICTURES).mkdir(exist_ok=True)
+        for name, text in picture_files(study, points, factors):
+            replace_file(folder / PICTURES / name, text.encode())
     except OSError as error:
         raise OutputError(f"{folder} cannot be written ({error.strerror}): choose another folder with --out") from None
     lines = [*(f"missing: {text}" for text in missing), *headline(study, factors)]
     lines += [str(folder / name) for name in (POINTS_FILE, SPEEDUP_FILE, PAGE)]
     return Written(tuple(lines), not missing)
+
+
+def picture_files(
+    study: StudySettings, points: Sequence[Point], factors: Sequence[Speedup]
+) -> Iterator[tuple[str, str]]:
+    """Names and contents of the main pictures of each domain as files of their own."""
+    for domain in domains_of(points):
+        drawn = {
+            "loss": cost_picture(points, domain),
+            "speedup": speedup_picture(factors, study.analysis, domain, "paper_flops"),
+            "speedup_in_time": speedup_picture(factors, study.analysis, domain, "train_seconds"),
+        }
+        yield from ((f"{name}_{domain}.svg", svg_file(picture)) for name, picture in drawn.items() if picture)
 
 
 def _missing(runs: Sequence[StudyRun], points: Sequence[Point]) -> list[str]:

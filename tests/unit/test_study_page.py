@@ -11,7 +11,7 @@ from megamoe.study.ladder import study_runs
 from megamoe.study.schema import AnalysisSettings, EvaluationSettings, LadderModel, StudySettings
 from megamoe.study.speedup import analyse
 from megamoe.study.training import Failure
-from megamoe.study.write import csv_text, headline
+from megamoe.study.write import csv_text, headline, picture_files
 from tests.browser import Browser, BrowserMissing
 from tests.unit.study_cases import SIZES, ladder
 
@@ -56,6 +56,8 @@ def pages(tmp_path_factory) -> Path:
     ):  # fmt: skip
         text = html_study(study, runs, found, analyse(found, study.analysis), failures, missing)
         (folder / f"{name}.html").write_text(text)
+    for name, text in picture_files(study, points, analyse(points, study.analysis)):
+        (folder / name).write_text(text)
     return folder
 
 
@@ -93,6 +95,29 @@ def test_pictures_hold_what_they_say(browser, pages):
         ".map(r => [r.top, r.bottom, r.right]).sort((a, b) => a[0] - b[0])"
     )
     assert all(one[1] <= other[0] + 4 for one, other in itertools.pairwise(boxes)), "names do not overlap"
+
+
+PICTURES = [
+    f"{name}_{domain}.svg"
+    for domain in ("in_domain", "out_of_domain") for name in ("loss", "speedup", "speedup_in_time")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_pictures_are_files_of_their_own(browser, pages, tmp_path, dark):
+    assert sorted(path.name for path in pages.glob("*.svg")) == sorted(PICTURES)
+    for name in PICTURES:
+        page = browser.open(pages / name, width=700, dark=dark)
+        assert page.problems == [] and page.requests == []
+        boxes = page.run(
+            "[...document.querySelectorAll('text')].map(t => { const b = t.getBoundingClientRect(), "
+            "s = document.documentElement.getBoundingClientRect(); "
+            "return b.left >= s.left && b.right <= s.right && b.top >= s.top && b.bottom <= s.bottom })"
+        )
+        assert len(boxes) > 10 and all(boxes), f"{name}: a text is cut off"
+        ground = page.run("getComputedStyle(document.querySelector('rect')).fill")
+        assert (ground == "rgb(20, 23, 27)") == dark
+        assert page.screenshot(tmp_path / "picture.png").stat().st_size > 8_000
 
 
 def test_cards_and_words_tell_the_factor(pages):
