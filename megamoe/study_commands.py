@@ -113,13 +113,14 @@ def _carry_out(
     options: argparse.Namespace, study: "StudySettings", runs: "tuple[StudyRun, ...]", chosen: "tuple[StudyRun, ...]"
 ) -> int:
     from megamoe.study.lock import study_lock
-    from megamoe.study.scoring import score_runs
+    from megamoe.study.scoring import check_evaluation, score_runs
     from megamoe.study.training import train_runs
     from megamoe.study.write import write_study
 
     with study_lock(study.folder) as lock:
         failures = []
         if not options.report_only:
+            check_evaluation(runs, study, study.folder)
             if not options.no_train:
                 failures += train_runs(
                     runs, chosen, study.folder, local_ranks=study.local_ranks, held=(lock,)

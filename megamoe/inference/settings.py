@@ -29,11 +29,21 @@ _REFUSED = {
 
 
 def forward_config(checkpoint: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1) -> Config:
-    """The checkpoint's configuration for forward passes on `num_ranks` ranks; one rank and fp32 where nothing is said.
+    """The checkpoint's configuration for forward passes, as `forward_settings`. Raises what that does, and
+    CheckpointError."""
+    with Checkpoint.open(checkpoint) as opened:
+        config = config_of(opened)
+    return forward_settings(config, overrides, num_ranks=num_ranks, where=str(checkpoint))
+
+
+def forward_settings(
+    config: Config, overrides: Sequence[str] = (), *, num_ranks: int = 1, where: str = "the model"
+) -> Config:
+    """A trained model's configuration for forward passes on `num_ranks` ranks; one rank and fp32 where nothing is said.
 
     overrides: "section.key=value" of the layout (parallel.…), run.precision, run.device, run.micro_batch_size,
-    moe.eval_capacity_…, data.tokenizer.…, checkpoint.verify. Raises ConfigError for any other and for a classifier,
-    TopologyError where the layout does not fit the ranks.
+    moe.eval_capacity_…, data.tokenizer.…, checkpoint.verify. where: what holds the model, for messages. Raises
+    ConfigError for any other and for a classifier, TopologyError where the layout does not fit the ranks.
     """
     for override in overrides:
         key = override.partition("=")[0]
@@ -44,14 +54,11 @@ def forward_config(checkpoint: Path, overrides: Sequence[str] = (), *, num_ranks
                 f"{key} cannot be set for a forward pass: valid are parallel.…, run.precision, run.device, "
                 "run.micro_batch_size, moe.eval_capacity_…, data.tokenizer.…, checkpoint.verify"
             )
-    with Checkpoint.open(checkpoint) as opened:
-        config = config_of(opened)
     if config.model.num_labels:
         raise ConfigError(
-            f"{checkpoint} is a classifier of {config.model.num_labels} labels, which gives no tokens: name a language "
+            f"{where} is a classifier of {config.model.num_labels} labels, which gives no tokens: name a language "
             "model (a fine-tuning's own validations tell what a classifier can do)"
         )
-    where = str(checkpoint)
     config = override_config(config, (*_ONE_RANK, "run.precision=fp32", "run.micro_batch_size=1", *overrides), where)
     sizes = config.parallel
     data_parallel = max(1, num_ranks // (sizes.tensor_parallel_size * sizes.pipeline_parallel_size))

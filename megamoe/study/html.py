@@ -106,7 +106,7 @@ def _domain_section(
     figures = "".join(figure(each) for each in drawn if each is not None)
     own = [each for each in factors if each.domain == domain]
     tables = f"<h3>The factor at a few targets</h3>{factor_table(study, own)}"
-    if fits := fits_of(points, domain):
+    if fits := fits_of(points, study.analysis, domain):
         tables += f"<h3>Power laws: loss = offset + (compute / unit)^-exponent</h3>{fit_table(fits)}"
     return (
         f'<section id="{escape(domain)}"><h2>{escape(domain_name(domain).capitalize())}</h2>'

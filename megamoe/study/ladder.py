@@ -32,6 +32,9 @@ _OWN = (
     "checkpoint.keep_every_steps", "checkpoint.keep_last", "checkpoint.save_at_end", "checkpoint.resume",
     "checkpoint.load_from",
 )  # fmt: skip
+# Checkpoints are saved at a common measure of the steps that are evaluated: so many are no burden, nor are so many for
+# each of those steps.
+_MOST_SAVES, _MOST_SAVES_EACH = 64, 4
 # What changes no number that a study compares.
 _FREE = ("run.dir", "run.device", "monitor.", "watchdog.", "preflight.", "restart.", "checkpoint.", "data.tokenizer.")
 
@@ -107,6 +110,11 @@ def _run(study: StudySettings, where: str, said_in: str, model: LadderModel, see
                 f"evaluate_at_tokens[{place}] is {tokens} in {where}: training ends at {study.num_tokens}"
             )
     interval = math.gcd(*steps)
+    if steps[0] // interval > max(_MOST_SAVES, _MOST_SAVES_EACH * len(steps)):
+        raise ConfigError(
+            f"evaluate_at_tokens and num_tokens of {where} have no larger measure than {interval * batch} tokens: "
+            f"each run would keep {steps[0] // interval} checkpoints; use multiples of {_rounded(steps[0]) * batch}"
+        )
     own = {
         "run": {"num_steps": steps[0], "seed": seed, "dir": str(study.folder / f"{model.name}-seed{seed}")},
         "checkpoint": {
@@ -120,6 +128,11 @@ def _run(study: StudySettings, where: str, said_in: str, model: LadderModel, see
     except MegamoeError as error:
         raise type(error)(f"model {model.name} of {where}: {error}") from None
     return StudyRun(model, seed, config, tuple(sorted({*steps})))
+
+
+def _rounded(num_steps: int) -> int:
+    """Steps between checkpoints that fit into `num_steps` and are few enough."""
+    return next(size for size in range(-(-num_steps // _MOST_SAVES), num_steps + 1) if num_steps % size == 0)
 
 
 def _steps(key: str, tokens: int, batch: int, where: str) -> int:

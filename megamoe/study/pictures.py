@@ -131,11 +131,13 @@ def learning_picture(points: Sequence[Point], domain: str) -> Picture | None:
     )  # fmt: skip
 
 
-def fits_of(points: Sequence[Point], domain: str) -> list[tuple[str, PowerLaw]]:
-    """The power law of each family that has one."""
+def fits_of(points: Sequence[Point], settings: AnalysisSettings, domain: str) -> list[tuple[str, PowerLaw]]:
+    """The power law of each family that has one, by points of the kind that the two compared ones both have."""
     candidates, found = candidates_of(points, domain), []
     for family in families(points):
-        law = family_curve(candidates, family, "paper_flops", "fit")
+        law = family_curve(
+            candidates, family, "paper_flops", "fit", compared=(settings.baseline, settings.compared)
+        )
         if isinstance(law, PowerLaw):
             found.append((family, law))
     return found

@@ -40,9 +40,12 @@ def run_command(
             )  # fmt: skip
         while not asked:
             try:
-                return child.wait(POLL_SECONDS)
+                code = child.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 poll()
+                continue
+            if not asked:  # else both were: a child that a signal ended has not failed
+                return code
         _stop(child, stop_seconds)
     finally:
         for number, handler in before.items():

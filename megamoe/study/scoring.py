@@ -10,13 +10,14 @@ from typing import Any
 from megamoe.errors import ConfigError, MegamoeError, TrainingInterrupted
 from megamoe.evaluation.results import Results, read_results
 from megamoe.evaluation.sets import read_sets, settled_sets
+from megamoe.inference.settings import forward_settings
 from megamoe.progress import StatusLine
 from megamoe.report.values import duration
 from megamoe.study.ladder import StudyRun
 from megamoe.study.points import Point, SetScore
 from megamoe.study.processes import last_message, run_command
 from megamoe.study.schema import StudySettings
-from megamoe.study.states import costs_of, saved_checksums, saved_steps
+from megamoe.study.states import costs_of, reached_step, saved_checksums, saved_steps
 from megamoe.study.training import INTERRUPTED, LOGS, Failure
 
 RESULTS = "evaluations"  # the folder of results beside the runs
@@ -32,7 +33,6 @@ def score_runs(
 ) -> list[Failure]:
     """Evaluate what is saved and not yet scored; returns what failed. Raises TrainingInterrupted."""
     failures, status = [], StatusLine(sys.stderr)
-    _check_sets(runs, study, folder)
     for place, run in enumerate(runs, 1):
         saved = saved_steps(run)
         steps = [step for step in run.eval_steps if step in saved]
@@ -61,19 +61,30 @@ def score_runs(
     return failures
 
 
-def _check_sets(runs: Sequence[StudyRun], study: StudySettings, folder: Path) -> None:
-    """Scores of other texts must not stand beside those of these. Raises ConfigError, DataError."""
-    found = {run.name: results for run in runs if (results := read_results(results_path(run, folder))) is not None}
-    if not found:
-        return
+def check_evaluation(runs: Sequence[StudyRun], study: StudySettings, folder: Path) -> None:
+    """Before hours of training: the sets are there, and scores that are there already are of these sets and settings,
+    or unlike ones would stand beside each other. Raises ConfigError, DataError."""
     sets = read_sets(Path(study.evaluation.sets))
     wanted = [text.describe() for text in settled_sets(sets, seq_length=runs[0].config.model.seq_length)]
+    config = forward_settings(runs[0].config, study.evaluation.settings, num_ranks=study.local_ranks or 1)
+    first: tuple[Path, Mapping[str, Any]] | None = None
     for run in runs:
-        if run.name in found and found[run.name].tree.get("sets") != wanted:
-            raise ConfigError(
-                f"{results_path(run, folder)} holds scores of other sets than {study.evaluation.sets} names now: move "
-                f"{folder / RESULTS} away, and all models are scored anew"
-            )
+        path = results_path(run, folder)
+        if (results := read_results(path)) is None:
+            continue
+        tree = results.tree
+        if tree.get("sets") != wanted:
+            _refuse(path, folder, f"scores of other sets than {study.evaluation.sets} names now")
+        if tree.get("precision") != config.run.precision:
+            _refuse(path, folder, f"scores in {tree.get('precision')}, where {config.run.precision} is asked for now")
+        first = first or (path, tree)
+        for key in ("capacity", "device", "tokenizer"):
+            if tree.get(key) != first[1].get(key):
+                _refuse(path, folder, f"scores of another {key} than {first[0]}")
+
+
+def _refuse(path: Path, folder: Path, what: str) -> None:
+    raise ConfigError(f"{path} holds {what}: move {folder / RESULTS} away, and all models are scored anew")
 
 
 def _is_wanted(run: StudyRun, steps: Sequence[int], folder: Path) -> bool:
@@ -88,13 +99,17 @@ def _is_wanted(run: StudyRun, steps: Sequence[int], folder: Path) -> bool:
 
 
 def _scored(run: StudyRun, results: Results) -> dict[int, Mapping[str, Any]]:
-    """By step, what is whole and of the run as it stands: one that was trained anew has other checkpoints. Those that
-    were removed to free the disk keep their results."""
-    saved = saved_checksums(run)
+    """By step, what is whole and of the run as it stands: one that was trained anew has other checkpoints, or has not
+    come so far. Those that were removed to free the disk keep their results."""
+    saved, reached = saved_checksums(run), reached_step(run)
+
+    def is_of_this_run(step: int, checksum: str) -> bool:
+        return saved[step] == checksum if step in saved else step <= reached
+
     return {
         model["step"]: model
         for model in results.tree["models"]
-        if model["is_complete"] and saved.get(model["step"], model["manifest_checksum"]) == model["manifest_checksum"]
+        if model["is_complete"] and is_of_this_run(model["step"], model["manifest_checksum"])
     }
 
 

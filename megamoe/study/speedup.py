@@ -124,18 +124,31 @@ def factor(points: Sequence[Point], settings: AnalysisSettings, domain: str, cos
 
 
 def family_curve(
-    candidates: Sequence[Candidate], family: str, cost: str, method: str
+    candidates: Sequence[Candidate], family: str, cost: str, method: str, *, compared: Sequence[str] = ()
 ) -> Curve | PowerLaw | None:
-    """What a family spends to reach a loss, without noise; None where it has no such costs, or no law is found."""
-    chosen = _chosen(candidates, family, cost, method)
+    """What a family spends to reach a loss, without noise; None where it has no such costs, or no law is found.
+
+    compared: the families that a law is compared between, which go by points of one kind.
+    """
+    uses_trained = fits_trained(candidates, compared or (family,), cost)
+    chosen = _chosen(candidates, family, cost, method, fits_trained_models=uses_trained)
     return _curve(chosen, [each.loss for each in chosen], cost, method) if chosen else None
 
 
-def _chosen(candidates: Sequence[Candidate], family: str, cost: str, method: str) -> list[Candidate]:
+def fits_trained(candidates: Sequence[Candidate], compared: Sequence[str], cost: str) -> bool:
+    """Whether power laws go by trained models: each of the families has enough of them. Else all go by the best of all
+    checkpoints: laws of unlike points must not be divided by each other."""
+    known = [each for each in candidates if each.is_final and each.cost(cost) is not None]
+    return all(sum(each.family == family for each in known) >= LEAST_TRAINED_FOR_FIT for family in compared)
+
+
+def _chosen(
+    candidates: Sequence[Candidate], family: str, cost: str, method: str, *, fits_trained_models: bool
+) -> list[Candidate]:
     """The points of a family that a method goes by."""
     own = [each for each in candidates if each.family == family and each.cost(cost) is not None]
     trained = [each for each in own if each.is_final]
-    if method == "trained" or (method == "fit" and len(trained) >= LEAST_TRAINED_FOR_FIT):
+    if method == "trained" or (method == "fit" and fits_trained_models):
         return trained
     if method == "fit" and own:
         kept = set(lower_envelope([_cost(each, cost) for each in own], [each.loss for each in own]).losses.tolist())
@@ -161,7 +174,9 @@ def _speedup(
 ) -> Speedup:
     domain, cost, method = key
     place = {id(each): index for index, each in enumerate(candidates)}
-    sides = [_chosen(candidates, family, cost, method) for family in (settings.baseline, settings.compared)]
+    compared = (settings.baseline, settings.compared)
+    uses_trained = fits_trained(candidates, compared, cost)
+    sides = [_chosen(candidates, each, cost, method, fits_trained_models=uses_trained) for each in compared]
     curves = [_curve(side, [each.loss for each in side], cost, method) if side else None for side in sides]
     reason = _no_number(curves, settings, cost, method)
     if reason:

@@ -11,6 +11,7 @@ from megamoe.checkpoint.files import read_small
 from megamoe.checkpoint.folders import complete_checkpoints, step_of
 from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from megamoe.errors import CheckpointError
+from megamoe.runs.events import read_events
 from megamoe.runs.metrics import METRICS_FILE, read_metrics
 from megamoe.study.ladder import StudyRun
 
@@ -45,7 +46,18 @@ def saved_checksums(run: StudyRun) -> dict[int, str]:
 
 
 def is_trained(run: StudyRun) -> bool:
-    return run.config.run.num_steps in saved_steps(run)
+    """Its last checkpoint is there, or was, before somebody freed the disk: the run's record says that it ended."""
+    return run.config.run.num_steps in saved_steps(run) or _has_ended(run)
+
+
+def _has_ended(run: StudyRun) -> bool:
+    last = run.config.run.num_steps
+    return any(event["kind"] == "end" and event.get("step") == last for event in read_events(run.dir))
+
+
+def reached_step(run: StudyRun) -> int:
+    """How far the run's record says that it has come."""
+    return run.config.run.num_steps if _has_ended(run) else int(last_line(run).get("step", 0))
 
 
 def last_line(run: StudyRun) -> dict[str, Any]:

@@ -20,25 +20,26 @@ def law_loss(flops: float, factor: float) -> float:
 
 def ladder(
     factors: dict[str, float], *, seeds: dict[str, int] | None = None, deviation: float = 0.0, text_se: float = 0.0,
-    text_error: float = 0.0, generator: np.random.Generator | None = None, sizes: tuple[float, ...] = SIZES,
-    out_of_domain: dict[str, float] | None = None,
+    text_error: float = 0.0, own_text_error: float = 0.0, generator: np.random.Generator | None = None,
+    sizes: tuple[float, ...] = SIZES, out_of_domain: dict[str, float] | None = None,
 ) -> list[Point]:  # fmt: skip
     """Points of all families: models NAME-0, … at `sizes` of compute, with checkpoints on the way that are worse.
 
     factors: by family what its compute is worth. seeds: by model how many (1). deviation: of a seed's loss; text_error:
-    what the texts at hand add to every model's. out_of_domain: factors of a second domain, half a nat above.
+    what the texts at hand add to every model's; own_text_error: the deviation of what they add to each model's alone.
+    out_of_domain: factors of a second domain, half a nat above.
     """
     generator = generator or np.random.default_rng(0)
     points = []
     for family, factor in factors.items():
         for place, flops in enumerate(sizes):
-            model = f"{family}-{place}"
+            model, of_text = f"{family}-{place}", text_error + own_text_error * generator.standard_normal()
             for seed in range(1, (seeds or {}).get(model, 1) + 1):
                 luck = deviation * generator.standard_normal()
                 for number, step in enumerate(STEPS):
                     share = step / STEPS[-1]
                     late = 0.0 if number == len(STEPS) - 1 else 0.05 / share
-                    loss = law_loss(flops * share, factor) + late + luck + text_error
+                    loss = law_loss(flops * share, factor) + late + luck + of_text
                     sets = {"docs": SetScore("in_domain", 200_000, loss, text_se, loss / 3.0, text_se / 3.0)}
                     if out_of_domain is not None:
                         other = law_loss(flops * share, out_of_domain[family]) + late + luck + 0.5

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",
                          "verification"},
     "study": {"errors", "progress", "config", "topology", "checkpoint", "launch", "data", "runs", "pictures", "plan",
-              "dry_run", "report", "evaluation"},
+              "dry_run", "report", "evaluation", "inference"},
     "study_commands": {"errors", "arguments", "config", "study"},
     "hf": set(),
     "pictures": set(),

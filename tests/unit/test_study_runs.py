@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from megamoe.errors import TrainingInterrupted
+from megamoe.errors import ConfigError, TrainingInterrupted
+from megamoe.evaluation.sets import read_sets, settled_sets
+from megamoe.runs.events import append_event
 from megamoe.study import processes, scoring
 from megamoe.study.processes import last_message, run_command
-from megamoe.study.scoring import collect_points
-from megamoe.study.states import Cost, costs_of, last_line
+from megamoe.study.schema import read_study
+from megamoe.study.scoring import check_evaluation, collect_points, results_path
+from megamoe.study.states import Cost, costs_of, is_trained, last_line, reached_step
 from tests.unit.study_cases import TINY_STUDY, load_tiny
 
 OBEYS = "import signal, sys, time; signal.signal(15, lambda *a: (print('saved', flush=True), sys.exit(75))); " \
@@ -81,6 +84,53 @@ def test_costs_are_added_up_to_each_step(runs):
     assert costs_of(runs[1], (4,)) == {4: Cost(None, None)}
 
 
+def test_a_run_that_ended_is_trained_without_its_checkpoints(runs):
+    run, last = runs[0], runs[0].config.run.num_steps
+    assert not is_trained(run)
+    run.dir.mkdir(parents=True)
+    append_event(run.dir, "end", "all steps are done", step=last - 1)
+    assert not is_trained(run) and reached_step(run) == 0
+    append_event(run.dir, "end", "all steps are done", step=last)
+    assert is_trained(run) and reached_step(run) == last
+
+
+def test_a_child_that_heard_the_signal_first_has_not_failed(tmp_path, monkeypatch):
+    """As when a batch system ends all processes of a job at once: the child dies of it while the parent looks on."""
+    dies = "import os, signal; os.kill(os.getppid(), 15); os.kill(os.getpid(), 15)"
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", dies))
+    with pytest.raises(TrainingInterrupted, match="the same command goes on from there"):
+        run_command([], tmp_path / "x.log", poll=lambda: None, stop_seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"precision": "bf16"}, "scores in bf16, where fp32 is asked for now"),
+        ({"capacity": {"drops_tokens": True}}, "scores of another capacity than "),
+        ({"tokenizer": {"kind": "sentencepiece"}}, "scores of another tokenizer than "),
+        ({"sets": []}, "scores of other sets than sets.yaml names now"),
+    ],
+)
+def test_unlike_scores_are_refused_before_anything_is_trained(runs, tmp_path, monkeypatch, change, told):
+    study = read_study(tmp_path / "study.yaml")
+    (tmp_path / "docs.txt").write_text("one\n")
+    (tmp_path / "sets.yaml").write_text("sets: [{name: docs, path: docs.txt, domain: in_domain}]\n")
+    sets = settled_sets(read_sets(tmp_path / "sets.yaml"), seq_length=runs[0].config.model.seq_length)
+    right = {"sets": [text.describe() for text in sets], "precision": "fp32", "device": "cpu", "capacity": {},
+             "tokenizer": {"kind": "byte"}}  # fmt: skip
+    trees = {results_path(run, tmp_path): right for run in runs[:2]}
+    monkeypatch.setattr(
+        scoring, "read_results", lambda path: SimpleNamespace(tree=trees[path]) if path in trees else None
+    )
+    check_evaluation(runs, study, tmp_path)
+    trees[results_path(runs[1], tmp_path)] = right | change
+    with pytest.raises(ConfigError) as refused:
+        check_evaluation(runs, study, tmp_path)
+    path = results_path(runs[1], tmp_path)
+    assert str(refused.value).startswith(f"{path} holds {told}")
+    assert str(refused.value).endswith(f": move {tmp_path / 'evaluations'} away, and all models are scored anew")
+
+
 def test_results_of_a_run_that_was_trained_anew_do_not_count(runs, tmp_path, monkeypatch):
     entry = {
         "name": "docs", "domain": "in_domain", "num_tokens": 100, "num_text_bytes": 400, "nats_per_token": 2.0,
@@ -90,7 +140,14 @@ def test_results_of_a_run_that_was_trained_anew_do_not_count(runs, tmp_path, mon
     models = [same | {"step": step, "manifest_checksum": f"save-{step}"} for step in (4, 8)]
     results = SimpleNamespace(tree={"models": models}, is_complete=True)
     monkeypatch.setattr(scoring, "read_results", lambda path: results)
-    for saved, steps in (({4: "save-4", 8: "save-8"}, [4, 8]), ({4: "save-4", 8: "another"}, [4]), ({}, [4, 8])):
+    run = runs[0]
+    run.dir.mkdir(parents=True)
+    both = {4: "save-4", 8: "save-8"}
+    # The folder was removed and the run begun anew; it has come to step 4; it has ended, and the disk was freed.
+    for saved, reached, steps in (
+        (both, 8, [4, 8]), ({4: "save-4", 8: "another"}, 8, [4]), ({}, 0, []), ({}, 5, [4]), ({}, 8, [4, 8]),
+    ):  # fmt: skip
+        (run.dir / "metrics.jsonl").write_text(f'{{"step": {reached}, "step_seconds": 0.5}}\n' if reached else "")
         monkeypatch.setattr(scoring, "saved_checksums", lambda run, saved=saved: saved)
         points = collect_points(runs[:1], tmp_path, vocab_size=None)
         assert [point.step for point in points] == steps

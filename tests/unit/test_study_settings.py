@@ -153,6 +153,22 @@ def test_a_study_becomes_an_array_of_jobs(place, capfd):
     assert "dense-0" not in script and "#SBATCH --ntasks-per-node=1" in script
 
 
+def test_a_checkpoint_at_nearly_every_step_is_refused(place):
+    tree = yaml.safe_load(TINY_STUDY)
+    batch = tree["common"]["run"]["global_batch_size"] * tree["common"]["model"]["seq_length"]
+    tree |= {"num_tokens": 4096 * batch, "evaluate_at_tokens": [2048 * batch, 3073 * batch]}
+    (place / "study.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError) as refused:
+        load_tiny(place)
+    assert str(refused.value) == (
+        f"evaluate_at_tokens and num_tokens of study.yaml have no larger measure than {batch} tokens: each run would "
+        f"keep 4096 checkpoints; use multiples of {64 * batch}"
+    )
+    tree["evaluate_at_tokens"] = [2048 * batch, 3072 * batch]
+    (place / "study.yaml").write_text(yaml.safe_dump(tree))
+    assert load_tiny(place)[1][0].eval_steps == (2048, 3072, 4096)
+
+
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
     with study_lock(tmp_path), pytest.raises(ConfigError) as refused, study_lock(tmp_path, wait_seconds=0.3):
         pass

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from megamoe.study.pictures import fits_of
 from megamoe.study.points import read_points, write_points
 from megamoe.study.schema import AnalysisSettings
 from megamoe.study.speedup import analyse, candidates_of, factor, noise_of
@@ -100,15 +101,17 @@ def test_noise_is_pooled_over_models():
 
 @pytest.mark.parametrize("text_noise", ["shared", "independent"])
 def test_intervals_cover_as_often_as_they_say(text_noise):
-    """Ladders drawn again and again, with luck of seeds and, where shared, of texts. Binomial bounds of 99.9 %."""
+    """Ladders drawn again and again, with luck of seeds and of texts, which is that of all models or each one's own.
+    Binomial bounds of 99.9 %."""
     generator = np.random.default_rng(11)
     covered, confidence, sizes = 0, 0.9, tuple(np.geomspace(1e15, 1.5e16, 4))
     truth = factor_of(ladder({"dense": 1.0, "moe": FACTOR}, sizes=sizes))
     for repetition in range(REPETITIONS):
-        text_error = 0.01 * generator.standard_normal() if text_noise == "shared" else 0.0
+        is_shared = text_noise == "shared"
         points = ladder(
             {"dense": 1.0, "moe": FACTOR}, seeds=SEEDS, deviation=0.02, generator=generator, sizes=sizes,
-            text_se=0.01 if text_noise == "shared" else 0.0, text_error=text_error,
+            text_se=0.01, text_error=0.01 * generator.standard_normal() if is_shared else 0.0,
+            own_text_error=0.0 if is_shared else 0.01,
         )  # fmt: skip
         found = factor_of(
             points, num_replicates=150, num_targets=5, confidence=confidence, seed=repetition, text_noise=text_noise
@@ -118,6 +121,19 @@ def test_intervals_cover_as_often_as_they_say(text_noise):
         covered += bool(found.low[middle] <= expected <= found.high[middle])
     spread = 3.3 * math.sqrt(confidence * (1 - confidence) / REPETITIONS)
     assert confidence - spread <= covered / REPETITIONS <= min(1.0, confidence + spread)
+
+
+def test_power_laws_of_both_families_go_by_points_of_one_kind():
+    """Where one family has too few trained models for a law, the other's does not go by its trained ones either."""
+    points = ladder({"dense": 1.0, "moe": FACTOR}, sizes=tuple(np.geomspace(1e15, 1.5e16, 4)))
+    fewer = [point for point in points if point.model != "moe-3"]
+    settings = AnalysisSettings(num_replicates=0)
+    for given, is_of_trained in ((points, True), (fewer, False)):
+        fits = dict(fits_of(given, settings, "in_domain"))
+        assert all((law.num_points == 4) == is_of_trained for law in fits.values()), fits
+        found = factor(given, settings, "in_domain", "paper_flops", "fit")
+        np.testing.assert_allclose(found.baseline_costs, fits["dense"].cost_at(found.targets))
+        np.testing.assert_allclose(found.compared_costs, fits["moe"].cost_at(found.targets))
 
 
 def test_one_seed_and_no_standard_error_have_intervals_of_no_width():
