@@ -86,6 +86,7 @@ def resolve_finetune(start: Path, settings: Sequence[str], environment: "RankEnv
     validate_for_training(config)
     check_all_train(config)
     check_same_model(saved, config, checkpoint, with_optimizer=False)
+    _check_same_task(config)
     if environment.rank == 0:
         _check_examples(config)
     return config
@@ -155,6 +156,39 @@ def _imported(
     return out
 
 
+def _check_same_task(config: "Config") -> None:
+    """A run that is gone on with must have begun from these weights, on these examples. Raises ConfigError."""
+    from megamoe.runs.run_folder import resumable_manifest
+
+    found = resumable_manifest(config.run.dir) if config.checkpoint.resume else None
+    if found is None:
+        return
+    saved = found[1].config
+    then, now = saved.get("finetune", {}), config.finetune
+    pairs = [
+        ("from", _weights(saved.get("checkpoint", {}).get("load_from")), _weights(config.checkpoint.load_from)),
+        ("with finetune.train_files", _resolved(then.get("train_files")), _resolved(now.train_files)),
+        ("with finetune.valid_files", _resolved(then.get("valid_files")), _resolved(now.valid_files)),
+        ("with finetune.labels", list(then.get("labels") or ()), list(now.labels)),
+    ]
+    for what, before, wanted in pairs:
+        if before != wanted:
+            shown = [", ".join(each) or "none" for each in (before, wanted)]
+            raise ConfigError(
+                f"{config.run.dir} holds a training {what} {shown[0]}, not {shown[1]}: choose another run.dir, or "
+                "remove that folder"
+            )
+
+
+def _weights(checkpoint: str | None) -> list[str]:
+    """Where a checkpoint lies, not which one it is: a run's newest may be another by now."""
+    return [] if checkpoint is None else [str(Path(checkpoint).resolve().parent)]
+
+
+def _resolved(paths: Sequence[str] | None) -> list[str]:
+    return [str(Path(path).resolve()) for path in paths or ()]
+
+
 def _check_examples(config: "Config") -> None:
     """Raises DataError for the first line that is no example of the task."""
     from megamoe.data.example_files import read_records
@@ -191,8 +225,12 @@ def _found_out(config: "Config", given: Sequence["Layer"]) -> list["Layer"]:
     from megamoe.config.loading import Layer
     from megamoe.data.example_files import summarize
 
+    def place_of(section: str, key: str) -> int:
+        """Of the last layer that says it; -1: none does."""
+        return max((i for i, layer in enumerate(given) if key in (layer.tree.get(section) or {})), default=-1)
+
     def is_given(section: str, key: str) -> bool:
-        return any(key in (layer.tree.get(section) or {}) for layer in given)
+        return place_of(section, key) >= 0
 
     finetune, model, run, optimizer = config.finetune, {}, {}, {}
     labels = {}
@@ -201,14 +239,15 @@ def _found_out(config: "Config", given: Sequence["Layer"]) -> list["Layer"]:
         objective = "classification" if config.model.num_labels or finetune.labels else "language_model"
     if not finetune.train_files:
         return [Layer({"finetune": {"objective": objective}}, "finetune")]  # the checks say what is missing
-    summary = summarize(finetune.train_files)
-    if objective == "classification" and not config.model.num_labels:
+    needs_labels = objective == "classification" and not config.model.num_labels
+    summary = summarize(finetune.train_files, with_labels=needs_labels)
+    if needs_labels:
         names = finetune.labels or summary.labels
         model = {"num_labels": len(names)}
         labels = {} if finetune.labels or summary.are_numbers else {"labels": list(names)}
     epoch_steps = math.ceil(summary.num_examples / config.run.global_batch_size)
     num_steps, epochs = config.run.num_steps, finetune.num_epochs
-    if is_given("run", "num_steps") and not is_given("finetune", "num_epochs"):
+    if place_of("run", "num_steps") > place_of("finetune", "num_epochs"):  # what is said last wins
         epochs = None
     if epochs is not None:
         num_steps = max(1, math.ceil(summary.num_examples * epochs / config.run.global_batch_size))

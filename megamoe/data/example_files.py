@@ -15,6 +15,7 @@ from megamoe.data.json_text import json_object, text_of
 from megamoe.errors import DataError
 
 _SHOWN_LABELS = 12
+MAX_CLASSES = 1 << 20  # more are no classes but a mistake, such as an identifier in place of a label
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Summary:
-    """How many examples files hold, and the labels in them: names in alphabetical order, or numbers up to the largest
-    as texts; none where no line has one."""
+    """How many examples files hold, and the labels in them where they were asked for: names in alphabetical order, or
+    numbers up to the largest as texts; none where no line has one."""
 
     num_examples: int
     labels: tuple[str, ...]
@@ -49,13 +50,20 @@ def read_records(paths: Sequence[str], config: Config) -> Iterator[Record]:
         yield Record(where, "", text, _number_of(where, tree, numbers, config.model.num_labels))
 
 
-def summarize(paths: Sequence[str]) -> Summary:
-    """Count the examples and collect their labels. Raises DataError for files that cannot be read, or hold none."""
+def summarize(paths: Sequence[str], *, with_labels: bool) -> Summary:
+    """Count the examples and collect their labels. Raises DataError for files that cannot be read, or hold none, and,
+    with_labels, for a label that is none."""
     count, found = 0, set()
     for where, tree in _objects(paths):
         count += 1
-        if "label" in tree:
-            found.add(_label(where, tree))
+        if with_labels and "label" in tree:
+            label = _label(where, tree)
+            if isinstance(label, int) and label >= MAX_CLASSES:
+                raise DataError(
+                    f"{where}: the label {label} is too large: numbers count the classes from 0, of which there may be "
+                    f"{MAX_CLASSES}; write names as texts"
+                )
+            found.add(label)
     are_numbers = bool(found) and all(isinstance(label, int) for label in found)
     if are_numbers:
         return Summary(count, tuple(str(number) for number in range(max(found) + 1)), True)

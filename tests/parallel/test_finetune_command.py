@@ -1,5 +1,6 @@
 """`megamoe finetune`: what it finds out by itself, where weights may come from, and one sentence for each mistake."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,12 @@ def test_what_is_not_said_follows_from_weights_and_files(root, base, files):
     steps = finetuned(Path(base.run.dir), root / "new", *task(files, "prompts"), "run.num_steps=7")
     assert (steps.run.num_steps, steps.finetune.num_epochs) == (7, None)
     assert steps.finetune.objective == "language_model" and steps.model == base.model
+    (root / "epochs.yaml").write_text("finetune: {num_epochs: 2}\nrun: {num_steps: 5}\n")
+    words = (str(root / "epochs.yaml"), *task(files, "prompts"))
+    said_last = finetuned(Path(base.run.dir), root / "new", *words, "run.num_steps=7")
+    assert (said_last.run.num_steps, said_last.finetune.num_epochs) == (7, None)
+    at_once = finetuned(Path(base.run.dir), root / "new", *words)
+    assert (at_once.run.num_steps, at_once.finetune.num_epochs) == (12, 2.0), "its own record says both"
 
 
 def test_a_configuration_file_stands_between_weights_and_overrides(root, base, files):
@@ -110,6 +117,16 @@ def test_a_hugging_face_folder_is_imported_once_and_trains_as_our_checkpoint_doe
     printed = capfd.readouterr().out
     assert "importing" not in printed and "resumed at step 4 of 6" in printed
     assert (imported / "manifest.json").stat().st_mtime_ns == before
+    another = write_lines(root / "another.jsonl", [{"text": "ab", "label": "early"}, {"text": "cd", "label": "late"}])
+    for change, what in (
+        (f"finetune.train_files=[{another}]", f"finetune.train_files {files['texts_train']}, not {another}"),
+        ("finetune.valid_files=[]", f"finetune.valid_files {files['texts_valid']}, not none"),
+        ("finetune.labels=[late,early]", "finetune.labels early, late, not late, early"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"from_hf holds a training with {what}: choose another run")):
+            finetuned(hf_folder, root / "from_hf", *arguments[5:], change)
+    with pytest.raises(ConfigError, match=r"from_hf holds a training from .*/from_hf/base/checkpoints, not .*/base/"):
+        finetuned(Path(base.run.dir), root / "from_hf", *arguments[5:])
     other = shutil.copytree(hf_folder, root / "other_hf")
     with pytest.raises(ConfigError, match=r"from_hf/base was imported from .*/hf, not from .*/other_hf: choose"):
         finetuned(other, root / "from_hf", *arguments[5:])

@@ -118,7 +118,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
         open_examples(config)
     (tmp_path / "task.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"task.jsonl is not a text file in UTF-8"):
-        summarize([str(tmp_path / "task.jsonl")])
+        summarize([str(tmp_path / "task.jsonl")], with_labels=True)
 
 
 def test_every_epoch_has_each_example_once_in_an_order_of_its_own(tmp_path):
@@ -155,7 +155,14 @@ def test_the_mean_over_micro_batches_is_that_of_what_counts(tmp_path, micro, dat
 def test_labels_are_found_in_the_files(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text('{"text": "a", "label": "yes"}\n\n{"text": "b", "label": "no"}\n')
-    found = summarize([str(path), str(path)])
+    found = summarize([str(path), str(path)], with_labels=True)
     assert (found.num_examples, found.labels, found.are_numbers) == (4, ("no", "yes"), False)
     path.write_text('{"text": "a", "label": 3}\n{"text": "b"}\n')
-    assert summarize([str(path)]).labels == ("0", "1", "2", "3")
+    assert summarize([str(path)], with_labels=True).labels == ("0", "1", "2", "3")
+    path.write_text('{"text": "a", "label": 4000000000}\n')
+    with pytest.raises(DataError, match=r"task.jsonl, line 1: the label 4000000000 is too large: numbers count the"):
+        summarize([str(path)], with_labels=True)
+    # A task without classes may have any such key.
+    path.write_text('{"text": "a", "label": null}\n')
+    found = summarize([str(path)], with_labels=False)
+    assert (found.num_examples, found.labels) == (1, ())
