@@ -112,6 +112,11 @@ class Evaluation:
             sums, num_documents=opened.plan.num_documents, num_text_bytes=opened.text_bytes(sums.num_bytes)
         )
         self.results.finish_set(entry, number, result)
+        if self.speaks and result["nats"] is None:
+            self.line.end(
+                f"megamoe: warning: {entry['checkpoint']}, set {opened.name}: the loss is not finite: the weights have "
+                "diverged, or run.precision is too narrow for them; its figures are null"
+            )
         self._write()
 
     def _write(self) -> None:
