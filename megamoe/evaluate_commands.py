@@ -103,9 +103,12 @@ def _checkpoints(options: argparse.Namespace) -> Iterator[list[Path]]:
     if options.every or options.steps is not None:
         yield checkpoints_of_run(options.path, options.steps)
         return
-    names_tokenizer = any(override.startswith("data.tokenizer.") for override in options.overrides)
-    with model_checkpoint(options.path, keeps_tokenizer=not names_tokenizer) as newest:
+    with model_checkpoint(options.path, keeps_tokenizer=not _names_tokenizer(options)) as newest:
         yield [newest]
+
+
+def _names_tokenizer(options: argparse.Namespace) -> bool:
+    return any(override.startswith("data.tokenizer.") for override in options.overrides)
 
 
 def _prepare(
@@ -127,7 +130,10 @@ def _prepare(
         found, seq_length=config.model.seq_length, reading=options.reading, context_tokens=options.context,
         stride_tokens=options.stride,
     )  # fmt: skip
-    notes = check_sets(texts, tokenizer=config.data.tokenizer, vocab_size=config.model.vocab_size)
+    notes = check_sets(
+        texts, tokenizer=config.data.tokenizer, vocab_size=config.model.vocab_size,
+        names_tokenizer=_names_tokenizer(options),
+    )  # fmt: skip
     environment = rank_environment()
     here = options.local_ranks or environment.local_world_size
     if options.out is None and here < num_ranks and any(text.settings.format != "indexed" for text in texts):

@@ -27,7 +27,7 @@ class Sums:
     nats_tokens: float = 0.0
     open_nats: float = 0.0
     open_tokens: int = 0
-    num_bytes: int = 0  # by ids: see `OpenSet.bytes_between`
+    num_bytes: int | None = 0  # by ids: see `OpenSet.bytes_between`
     num_computed_tokens: int = 0  # inputs of all windows, those that only give context included
     num_windows: int = 0
     seconds: float = 0.0
@@ -48,6 +48,10 @@ class Sums:
                 self.tokens_square += float(self.open_tokens) ** 2
                 self.nats_tokens += self.open_nats * self.open_tokens
                 self.open_nats, self.open_tokens = 0.0, 0
+
+    def add_bytes(self, num_bytes: int | None) -> None:
+        """What is not known once is not known of the whole."""
+        self.num_bytes = None if num_bytes is None or self.num_bytes is None else self.num_bytes + num_bytes
 
     def add_loads(self, loads: Mapping[int, Sequence[float]]) -> None:
         """Choices of experts, and those dropped, by layer."""

@@ -117,6 +117,8 @@ class Evaluation:
                 f"megamoe: warning: {entry['checkpoint']}, set {opened.name}: the loss is not finite: the weights have "
                 "diverged, or run.precision is too narrow for them; its figures are null"
             )
+        if self.speaks and result["num_text_bytes"] is None and (why := opened.why_uncounted()) is not None:
+            self.line.end(f"megamoe: note: {why}")
         self._write()
 
     def _write(self) -> None:
