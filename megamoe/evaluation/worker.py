@@ -78,6 +78,7 @@ class Evaluation:
                 for number in numbers:
                     self._score(entry, number, opened[number], f"model {place} of {len(waiting)}, ")
             self.line.end()
+            dist.barrier()  # until then a rank may still read its tokens, on another node with no hold on the files
 
     def show(self) -> None:
         """To stdout, on the first rank."""
