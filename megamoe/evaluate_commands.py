@@ -73,10 +73,9 @@ class _NothingToDo(Exception):
 
 def _evaluate(options: argparse.Namespace) -> int:
     from megamoe.evaluation.table import shown
-    from megamoe.inference.launching import compute_on_ranks
+    from megamoe.inference.launching import compute_on_ranks, refused
     from megamoe.launch.environment import rank_environment
 
-    environment = rank_environment()
     try:
         with _checkpoints(options) as folders:
             return compute_on_ranks(
@@ -85,13 +84,11 @@ def _evaluate(options: argparse.Namespace) -> int:
                 local_ranks=options.local_ranks,
             )
     except _NothingToDo as done:
-        if environment.rank == 0:
+        if rank_environment().rank == 0:
             print(shown(done.tree, as_json=options.json))
         return 0
     except MegamoeError as error:
-        if environment.rank == 0:
-            raise
-        return error.exit_code
+        return refused(error)
 
 
 @contextlib.contextmanager

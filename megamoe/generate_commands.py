@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.arguments import positive
-from megamoe.errors import ConfigError, DataError
+from megamoe.errors import ConfigError, DataError, MegamoeError
 
 _EPILOG = """examples:
   megamoe generate runs/first --prompt 'Once upon a time' --max-new-tokens 60 --temperature 0.8
@@ -45,14 +45,17 @@ def add_generate_commands(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from megamoe.inference.launching import compute_on_ranks
+    from megamoe.inference.launching import compute_on_ranks, refused
     from megamoe.inference.sources import model_checkpoint
 
-    with model_checkpoint(options.model) as checkpoint:
-        return compute_on_ranks(
-            "megamoe.generation.worker:run_rank", lambda num_ranks: _prepare(options, checkpoint, num_ranks),
-            local_ranks=options.local_ranks,
-        )  # fmt: skip
+    try:
+        with model_checkpoint(options.model) as checkpoint:
+            return compute_on_ranks(
+                "megamoe.generation.worker:run_rank", lambda num_ranks: _prepare(options, checkpoint, num_ranks),
+                local_ranks=options.local_ranks,
+            )  # fmt: skip
+    except MegamoeError as error:
+        return refused(error)
 
 
 def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> Any:
