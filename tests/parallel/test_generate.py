@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megamoe.errors import MegamoeError
 from megamoe.generation.loop import Limits, generate
 from megamoe.generation.settings import Sampling
 from megamoe.inference.model import ForwardModel
@@ -45,6 +46,19 @@ def texts(model: ForwardModel, sampling: Sampling) -> list[tuple[list[int], str]
     return [(found[number].new, found[number].finish) for number in range(50)]
 
 
+@torch.no_grad()
+def diverged(model: ForwardModel) -> list[str]:
+    """What is said, greedy and drawn, when no weight is a number any more."""
+    for parameter in model.chunk.parameters():
+        parameter.fill_(torch.nan)
+    said = []
+    for sampling in (Sampling(), WARM):
+        with pytest.raises(MegamoeError) as caught:
+            texts(model, sampling)
+        said.append(str(caught.value))
+    return said
+
+
 def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for name in MODELS:
@@ -52,6 +66,7 @@ def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
             if ranks == size:
                 with model_of(root, name, settings_of(name, layout), size) as model:
                     found[name, layout] = {"greedy": texts(model, Sampling()), "drawn": texts(model, WARM)}
+                    found[name, layout]["diverged"] = diverged(model)
     return found
 
 
@@ -98,3 +113,12 @@ def test_a_texts_draws_depend_on_nothing_else(model, outcomes):
     drawn = [outcomes["ours"][model, layout]["drawn"] for layout in LAYOUTS]
     assert all(other == drawn[0] for other in drawn[1:])
     assert drawn[0] != outcomes["ours"][model, "alone"]["greedy"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_says_that_logits_are_not_finite(layout, outcomes):
+    """The longest prompt is the first to be continued."""
+    assert outcomes["ours"]["custom", layout]["diverged"] == 2 * [
+        "prompt 14: after 0 new tokens the model's logits are not finite: its weights have diverged, or run.precision "
+        "fp32 is too narrow for them"
+    ]
