@@ -1,13 +1,18 @@
 """Greedy texts are transformers', prompt by prompt, alone and in batches, under every layout; draws are a text's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megamoe.errors import MegamoeError
-from megamoe.generation.loop import Limits, generate
+from megamoe.config.loading import load_config
+from megamoe.errors import CheckpointError, MegamoeError, OutputError
+from megamoe.generation import worker
+from megamoe.generation.loop import Limits, Text, generate
 from megamoe.generation.settings import Sampling
 from megamoe.inference.model import ForwardModel
 from tests.parallel.forward_worlds import both_sides, model_of
@@ -122,3 +127,29 @@ def test_every_rank_says_that_logits_are_not_finite(layout, outcomes):
         "prompt 14: after 0 new tokens the model's logits are not finite: its weights have diverged, or run.precision "
         "fp32 is too narrow for them"
     ]
+
+
+def test_what_stands_in_the_file_stays_until_a_model_is_there(tmp_path, monkeypatch):
+    @contextmanager
+    def damaged(config: object, checkpoint: Path) -> Iterator[None]:
+        raise CheckpointError(f"{checkpoint} is damaged")
+        yield
+
+    monkeypatch.setattr(worker, "forward_model", damaged)
+    (tmp_path / "texts").write_text("before")
+    payload = {
+        "config": load_config("laptop-moe").model_dump(mode="json"), "checkpoint": "here", "prompts": [],
+        "limits": {"num_new": 1, "context": 8}, "sampling": {}, "out": str(tmp_path / "texts"), "json": False,
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match="here is damaged"):
+        worker.run_rank(payload)
+    assert (tmp_path / "texts").read_text() == "before"
+
+
+def test_a_full_disk_is_said_in_one_sentence():
+    payload = {"out": "/dev/full", "json": False}
+    with pytest.raises(OutputError) as caught, worker._lines(payload, load_config("laptop-moe")) as show:
+        show("x", Text(0, [5], [6], "length"))
+    assert str(caught.value) == (
+        "/dev/full cannot be written (No space left on device): free space or choose an output on another disk"
+    )

@@ -137,6 +137,18 @@ def test_ranks_of_a_launcher_do_not_share_an_input(tmp_path, capsys, monkeypatch
     )
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, capsys):
+    save_checkpoint(tmp_path, 1)
+    (tmp_path / "texts").write_text("before")
+    for out in (tmp_path, tmp_path / "none" / "texts"):
+        assert main(["generate", str(tmp_path), "--prompt", "x", "--out", str(out)]) == 2
+        assert capsys.readouterr().err == (
+            f"megamoe: error: {out} cannot be written: give --out a file in a folder that is there and not read-only\n"
+        )
+    words = ["generate", str(tmp_path), "--prompt", "x" * 5000, "--out", str(tmp_path / "texts")]
+    assert main(words) == 2 and (tmp_path / "texts").read_text() == "before"  # the prompt is too long
+
+
 def test_a_classifier_gives_no_tokens(tmp_path, capsys, monkeypatch):
     save_checkpoint(tmp_path, 1)
     usual = settings_module.config_of

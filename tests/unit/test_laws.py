@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "verification": {"errors", "config", "topology", "data", "launch", "checkpoint", "convert", "training"},
     "inference": {"errors", "host_memory", "config", "topology", "launch", "checkpoint", "convert", "model", "moe",
                   "training"},
-    "generation": {"errors", "config", "data", "launch", "inference"},
+    "generation": {"errors", "config", "data", "launch", "checkpoint", "inference"},
     "generate_commands": {"errors", "arguments", "data", "launch", "inference", "generation"},
     "priming": {"errors", "progress", "config", "data", "checkpoint", "runs", "model", "inference"},
     "prime_commands": {"errors", "arguments", "config", "data", "inference", "priming"},
