@@ -7,6 +7,7 @@ goes to stderr.
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ class _NothingToDo(Exception):
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from megamoe.evaluation.results import tokens_folder
     from megamoe.evaluation.table import shown
     from megamoe.inference.launching import compute_on_ranks, refused
     from megamoe.launch.environment import rank_environment
@@ -85,6 +87,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             )
     except _NothingToDo as done:
         if rank_environment().rank == 0:
+            shutil.rmtree(tokens_folder(options.out), ignore_errors=True)  # a command that died at its end has left it
             print(shown(done.tree, as_json=options.json))
         return 0
     except MegamoeError as error:

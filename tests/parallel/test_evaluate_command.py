@@ -104,7 +104,10 @@ def test_a_killed_evaluation_ends_with_the_same_numbers_to_the_bit(site, whole, 
     assert not (site / "killed.json.tokens").exists()
     # Nothing is to do: no model is built, torch is not even loaded.
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch is loaded')\n")
+    (site / "killed.json.tokens").mkdir()  # what a death after the last write leaves
+    (site / "killed.json.tokens" / "000-one.bin").write_bytes(b"ids")
     assert evaluated(site, *command, first_path=tmp_path) == again
+    assert not (site / "killed.json.tokens").exists()
 
 
 def test_perplexity_and_bits_are_those_of_transformers_and_of_the_file(site, whole):

@@ -21,11 +21,11 @@ from megamoe.data.indexed import IndexedWriter
 from megamoe.data.tokenizers import EOS_ID
 from megamoe.evaluation import scoring
 from megamoe.evaluation.corpora import OpenSet, open_set
-from megamoe.evaluation.results import Results
+from megamoe.evaluation.results import Results, tokens_folder
 from megamoe.evaluation.scoring import cut_rounds, round_losses, score_set
 from megamoe.evaluation.sets import EvaluationSet, TextSet
 from megamoe.evaluation.sums import Sums, set_result
-from megamoe.evaluation.worker import TOKENS, Evaluation
+from megamoe.evaluation.worker import Evaluation
 from megamoe.inference.model import ForwardModel
 from megamoe.inference.settings import forward_config
 from megamoe.model import token_nats as token_nats_module
@@ -156,7 +156,7 @@ def odd_lengths(size: int, root: str, checkpoint: Path) -> dict[str, Any]:
 def late_rank(size: int, root: str, checkpoint: Path) -> dict[str, int]:
     """How many ranks still have the folder of tokens, the last one long after the first one is done; and it goes."""
     out = Path(f"{root}/late.json")
-    folder, seen = Path(f"{out}{TOKENS}"), torch.zeros(2, dtype=torch.int64)
+    folder, seen = tokens_folder(out), torch.zeros(2, dtype=torch.int64)
     header = {"sets": [opened(root, "blocks").description.describe()], "capacity": {"drops_tokens": False}}
     tree = Results.begin(header, [{"folder": str(checkpoint), "checkpoint": "", "step": 0}]).tree
     payload = {"results": tree, "out": str(out), "json": False, "save_interval_seconds": 30.0}
