@@ -288,7 +288,7 @@ def test_what_ends_documents_is_not_guessed(tmp_path):
     assert check_sets(texts, tokenizer=BYTE, vocab_size=260) == []  # a model of bytes: there is no other tokenizer
     bpe = TokenizerConfig(kind="gpt2_bpe", path=str(gpt2_folder(tmp_path / "bpe")))
     assert check_sets(texts, tokenizer=bpe, vocab_size=1000) == []
-    with pytest.raises(DataError, match="set a: its documents end with id 259, but model.vocab_size is 200: name the"):
+    with pytest.raises(DataError, match=r"set a: its documents end with id 259, but model.vocab_size is 200: name"):
         check_sets(texts, tokenizer=bpe, vocab_size=200)
     tree = {"kind": "sentencepiece", "vocab_size": 900, "sha256": "0", "end_of_document_id": 3}
     Path(f"{prefix}.json").write_text(json.dumps({"format_version": 1, "tokenizer": tree}))
