@@ -7,6 +7,7 @@ goes to stderr.
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,11 +73,11 @@ class _NothingToDo(Exception):
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from megamoe.evaluation.results import tokens_folder
     from megamoe.evaluation.table import shown
-    from megamoe.inference.launching import compute_on_ranks
+    from megamoe.inference.launching import compute_on_ranks, refused
     from megamoe.launch.environment import rank_environment
 
-    environment = rank_environment()
     try:
         with _checkpoints(options) as folders:
             return compute_on_ranks(
@@ -85,13 +86,12 @@ def _evaluate(options: argparse.Namespace) -> int:
                 local_ranks=options.local_ranks,
             )
     except _NothingToDo as done:
-        if environment.rank == 0:
+        if rank_environment().rank == 0:
+            shutil.rmtree(tokens_folder(options.out), ignore_errors=True)  # a command that died at its end has left it
             print(shown(done.tree, as_json=options.json))
         return 0
     except MegamoeError as error:
-        if environment.rank == 0:
-            raise
-        return error.exit_code
+        return refused(error)
 
 
 @contextlib.contextmanager
@@ -103,9 +103,12 @@ def _checkpoints(options: argparse.Namespace) -> Iterator[list[Path]]:
     if options.every or options.steps is not None:
         yield checkpoints_of_run(options.path, options.steps)
         return
-    names_tokenizer = any(override.startswith("data.tokenizer.") for override in options.overrides)
-    with model_checkpoint(options.path, keeps_tokenizer=not names_tokenizer) as newest:
+    with model_checkpoint(options.path, keeps_tokenizer=not _names_tokenizer(options)) as newest:
         yield [newest]
+
+
+def _names_tokenizer(options: argparse.Namespace) -> bool:
+    return any(override.startswith("data.tokenizer.") for override in options.overrides)
 
 
 def _prepare(
@@ -127,7 +130,10 @@ def _prepare(
         found, seq_length=config.model.seq_length, reading=options.reading, context_tokens=options.context,
         stride_tokens=options.stride,
     )  # fmt: skip
-    notes = check_sets(texts, tokenizer=config.data.tokenizer, vocab_size=config.model.vocab_size)
+    notes = check_sets(
+        texts, tokenizer=config.data.tokenizer, vocab_size=config.model.vocab_size,
+        names_tokenizer=_names_tokenizer(options),
+    )  # fmt: skip
     environment = rank_environment()
     here = options.local_ranks or environment.local_world_size
     if options.out is None and here < num_ranks and any(text.settings.format != "indexed" for text in texts):

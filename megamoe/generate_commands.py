@@ -4,12 +4,13 @@ Exit codes: 0 all prompts are continued, 1 a rank failed, 2 refused.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from megamoe.arguments import positive
-from megamoe.errors import ConfigError, DataError
+from megamoe.errors import ConfigError, DataError, MegamoeError, OutputError
 
 _EPILOG = """examples:
   megamoe generate runs/first --prompt 'Once upon a time' --max-new-tokens 60 --temperature 0.8
@@ -45,14 +46,17 @@ def add_generate_commands(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from megamoe.inference.launching import compute_on_ranks
+    from megamoe.inference.launching import compute_on_ranks, refused
     from megamoe.inference.sources import model_checkpoint
 
-    with model_checkpoint(options.model) as checkpoint:
-        return compute_on_ranks(
-            "megamoe.generation.worker:run_rank", lambda num_ranks: _prepare(options, checkpoint, num_ranks),
-            local_ranks=options.local_ranks,
-        )  # fmt: skip
+    try:
+        with model_checkpoint(options.model) as checkpoint:
+            return compute_on_ranks(
+                "megamoe.generation.worker:run_rank", lambda num_ranks: _prepare(options, checkpoint, num_ranks),
+                local_ranks=options.local_ranks,
+            )  # fmt: skip
+    except MegamoeError as error:
+        return refused(error)
 
 
 def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> Any:
@@ -62,6 +66,8 @@ def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> A
 
     if options.prompts == "-" and rank_environment().world_size > 1:
         raise ConfigError("--prompts - reads one input, which a launcher's ranks share: put the prompts into a file")
+    if options.out is not None and rank_environment().rank == 0:
+        _check_writable(Path(options.out))
     texts = options.prompt or _read(options.prompts)
     config = forward_config(checkpoint, options.overrides, num_ranks=num_ranks)
     tokenizer = tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
@@ -78,6 +84,12 @@ def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> A
         "limits": {"num_new": options.max_new_tokens, "context": context, "end_ids": ends},
         "sampling": _sampling(options),
     }  # fmt: skip
+
+
+def _check_writable(out: Path) -> None:
+    """Before a model is loaded, and without touching what stands there. Raises OutputError."""
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise OutputError(f"{out} cannot be written: give --out a file in a folder that is there and not read-only")
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

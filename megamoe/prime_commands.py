@@ -66,9 +66,8 @@ def add_prime_commands(commands: Any) -> None:
 
 
 def _prime(options: argparse.Namespace) -> int:
-    from megamoe.inference.launching import compute_on_ranks
+    from megamoe.inference.launching import compute_on_ranks, refused
     from megamoe.inference.sources import model_checkpoint
-    from megamoe.launch.environment import rank_environment
     from megamoe.priming.prompts import check
     from megamoe.priming.results import check_writable, model_identity
 
@@ -90,9 +89,7 @@ def _prime(options: argparse.Namespace) -> int:
         with model_checkpoint(options.model, scratch=options.scratch) as checkpoint:
             return compute_on_ranks("megamoe.priming.worker:run_rank", prepare, local_ranks=options.local_ranks)
     except MegamoeError as error:
-        if rank_environment().rank == 0:
-            raise
-        return error.exit_code  # every rank finds the same: one says it
+        return refused(error)
 
 
 def _write_lm_eval(options: argparse.Namespace) -> int:

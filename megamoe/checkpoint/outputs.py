@@ -29,20 +29,23 @@ _ADVICE = {
     errno.EROFS: "mount it writable or choose another output",
     errno.EACCES: "make it writable or choose another output",
     errno.EPERM: "make it writable or choose another output",
+    errno.ENOENT: "make its folder or choose another output",
+    errno.EISDIR: "it is a folder: choose another output",
 }
 
 
 @contextlib.contextmanager
-def writing(path: Path, *, remove: Path | None = None) -> Iterator[None]:
+def writing(path: Path, *, remove: Path | None = None, goes_on: bool = True) -> Iterator[None]:
     """Turns an OSError in its body into an OutputError that names the file and says what to do.
 
-    remove: a half file that goes then, so that a full disk has room again.
+    remove: a half file that goes then, so that a full disk has room again. goes_on: whether the command, given again,
+    keeps what is finished.
     """
     try:
         yield
     except OSError as error:
         _remove(remove)
-        raise _not_written(path, error) from None
+        raise _not_written(path, error, goes_on=goes_on) from None
     except SaveError as error:  # what the writer of checkpoints has made of an OSError
         cause = error.__context__
         if not isinstance(cause, OSError):
@@ -120,13 +123,11 @@ def check_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _not_written(path: Path, error: OSError) -> OutputError:
+def _not_written(path: Path, error: OSError, *, goes_on: bool = True) -> OutputError:
     culprit = error.filename if error.filename is not None else path
     advice = _ADVICE.get(error.errno or 0, "check the disk")
-    return OutputError(
-        f"{os.fsdecode(culprit)} cannot be written ({error.strerror or error}): {advice}; the same command then goes "
-        "on from the last finished file"
-    )
+    then = "; the same command then goes on from the last finished file" if goes_on else ""
+    return OutputError(f"{os.fsdecode(culprit)} cannot be written ({error.strerror or error}): {advice}{then}")
 
 
 def _remove_other(partial: Path, out: Path) -> None:

@@ -14,11 +14,18 @@ import numpy as np
 
 from megamoe.config.schema import TokenizerConfig
 from megamoe.data.indexed import IndexedDataset, IndexedWriter, idx_path
-from megamoe.data.manifest import check_tokenizer, check_vocabulary, read_manifest, same_inputs, write_manifest
+from megamoe.data.manifest import (
+    check_tokenizer,
+    check_vocabulary,
+    manifest_path,
+    read_manifest,
+    same_inputs,
+    write_manifest,
+)
 from megamoe.data.preprocess import CHUNK_BYTES, encode_chunk
 from megamoe.data.readers import read_chunks
 from megamoe.data.token_bytes import TokenBytes, token_bytes
-from megamoe.data.tokenizers import Tokenizer, build_tokenizer, tokenizer_of_model
+from megamoe.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer, tokenizer_of_model
 from megamoe.errors import DataError
 from megamoe.evaluation.sets import TextSet
 from megamoe.evaluation.windows import WindowPlan, plan_windows
@@ -40,23 +47,26 @@ class OpenSet:
     def name(self) -> str:
         return self.description.settings.name
 
-    def bytes_between(self, first: int, last: int) -> int:
-        """UTF-8 bytes that tokens [first, last) of the corpus stand for."""
-        if self.bytes_of_ids is None or first >= last:
+    def bytes_between(self, first: int, last: int) -> int | None:
+        """UTF-8 bytes that tokens [first, last) of the corpus stand for; None where that is not known."""
+        if self.bytes_of_ids is None:
+            return None
+        if first >= last:
             return 0
-        corpus, end = self.plan.corpus, self.bytes_of_ids.end_of_document_id
-        begin = max(0, first - 1)
-        ids = corpus.tokens(begin, last, vocab_size=len(self.bytes_of_ids.table))
+        end, begin = self.bytes_of_ids.end_of_document_id, max(0, first - 1)
+        ids = self.plan.corpus.tokens(begin, last, vocab_size=self.plan.vocab_size)
+        if ids.max() >= len(self.bytes_of_ids.table):  # another tokenizer has made them
+            return None
         if first == 0:
             return self.bytes_of_ids.count(ids, end)
         return self.bytes_of_ids.count(ids[1:], int(ids[0]))
 
-    def text_bytes(self, counted: int) -> int | None:
+    def text_bytes(self, counted: int | None) -> int | None:
         """UTF-8 bytes of the text scored. `counted`: `bytes_between` of all that was scored, piece by piece.
 
         Of text that was tokenized here, documents that are scored whole count as they were read.
         """
-        if self.bytes_of_ids is None:
+        if self.bytes_of_ids is None or counted is None:
             return None
         if self.document_bytes is None:
             return counted
@@ -65,8 +75,17 @@ class OpenSet:
         whole = self.plan.end_document
         if corpus.document_start(whole) > last:
             whole -= 1
-        num_bytes = int(self.document_bytes[:whole].sum())
-        return num_bytes - self.bytes_between(0, first) + self.bytes_between(corpus.document_start(whole), last)
+        before, rest = self.bytes_between(0, first), self.bytes_between(corpus.document_start(whole), last)
+        return None if before is None or rest is None else int(self.document_bytes[:whole].sum()) - before + rest
+
+    def why_uncounted(self) -> str | None:
+        """What the user should hear where `text_bytes` is None and no note has said it before scoring."""
+        if self.bytes_of_ids is None:
+            return None
+        return (
+            f"set {self.name}: its bytes are not counted, for it has ids beyond the {len(self.bytes_of_ids.table)} of "
+            "data.tokenizer: name the tokenizer that made it, as in data.tokenizer.path=…"
+        )
 
 
 def tokenize(text: TextSet, tokenizer: Tokenizer, prefix: Path, tick: Tick = lambda what: None) -> None:
@@ -145,6 +164,11 @@ def open_set(
         if end is None and text.settings.reading == "documents":
             raise
         notes.append(f"set {text.settings.name}: its bytes are not counted, for {error}")
+    if text.settings.reading == "documents" and end is not None and end >= vocab_size:
+        raise DataError(
+            f"set {text.settings.name}: its documents end with id {end}, but model.vocab_size is {vocab_size}: name "
+            "the tokenizer that the model was trained with, as in data.tokenizer.path=…"
+        )
     document_bytes = None
     if not is_indexed:
         document_bytes = np.memmap(_bytes_path(prefix), dtype="<i8", mode="r", shape=(corpus.num_documents,))
@@ -152,14 +176,19 @@ def open_set(
     return OpenSet(text, plan, table, document_bytes, tuple(notes))
 
 
-def check_sets(texts: Sequence[TextSet], *, tokenizer: TokenizerConfig, vocab_size: int) -> list[str]:
+def check_sets(
+    texts: Sequence[TextSet], *, tokenizer: TokenizerConfig, vocab_size: int, names_tokenizer: bool = False
+) -> list[str]:
     """Before any rank is started: indexed sets open and fit the model, and a tokenizer for the others is there.
 
-    Returns what the user should hear of. Raises DataError.
+    names_tokenizer: whether the command has named it, and not a default. Returns what the user should hear of. Raises
+    DataError.
     """
     notes = []
     for text in texts:
         if text.settings.format == "indexed":
+            if not names_tokenizer:
+                _check_end(text, tokenizer, vocab_size)
             notes += open_set(text, Path(), tokenizer=tokenizer, vocab_size=vocab_size).notes
     if any(text.settings.format != "indexed" for text in texts):
         built = tokenizer_of_model(tokenizer, vocab_size)
@@ -169,6 +198,19 @@ def check_sets(texts: Sequence[TextSet], *, tokenizer: TokenizerConfig, vocab_si
                 "if it is not the model's own, results mean nothing"
             )
     return notes
+
+
+def _check_end(text: TextSet, tokenizer: TokenizerConfig, vocab_size: int) -> None:
+    """Where nothing says which id ends documents, the default of data.tokenizer must not. Raises DataError."""
+    settings = text.settings
+    if settings.reading != "documents" or tokenizer != TokenizerConfig() or vocab_size == ByteTokenizer.vocab_size:
+        return
+    if read_manifest(settings.path) is None:
+        raise DataError(
+            f"set {settings.name}: nothing says which id ends the documents of {settings.path}, for there is no "
+            f"{manifest_path(settings.path)} and data.tokenizer is not set: name the tokenizer that made it, as in "
+            "data.tokenizer.kind=… data.tokenizer.path=…, or read it in blocks"
+        )
 
 
 def describe_tokenizer(config: TokenizerConfig) -> dict[str, Any]:

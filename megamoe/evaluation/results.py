@@ -13,6 +13,7 @@ from megamoe.evaluation.sums import Sums, summary
 
 FORMAT, VERSION = "megamoe-evaluation", 1
 MAX_BYTES = 1 << 28
+TOKENS = ".tokens"  # beside the file: text as ids, until all is done
 # What must be the same for an evaluation to go on to the bit, in words.
 SAME = {
     "sets": "the sets", "capacity": "the capacity of experts", "layout": "the layout", "precision": "the precision",
@@ -112,6 +113,11 @@ class Results:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, f"{text}\n".encode())
+
+
+def tokens_folder(path: Path) -> Path:
+    """Where the ids of texts lie that are scored into the results `path`."""
+    return path.with_name(f"{path.name}{TOKENS}")
 
 
 def read_results(path: Path) -> Results | None:

@@ -49,7 +49,7 @@ def score_set(
             nats[[i for each in round_.micro_batches for i in each]] = score_round(model, plan, windows, round_)
         sums.add(windows, nats.tolist())
         first, last = windows[0].first_scored, windows[-1].first_scored + windows[-1].scored
-        sums.num_bytes += opened.bytes_between(first, last)
+        sums.add_bytes(opened.bytes_between(first, last))
         if model.evaluation.drop_tokens:
             sums.add_loads(model.take_loads())
         end = windows[-1]

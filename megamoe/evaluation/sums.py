@@ -1,7 +1,7 @@
 """What is added up while a set is scored, and the figures that come of it. No torch.
 
 Everything is summed in one order, in double precision, and JSON keeps every bit of it: an evaluation that goes on from
-its sums ends as one that was never broken off.
+its sums ends as one that was never broken off. JSON has no infinities and no NaN: what is not finite is null there.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 from megamoe.evaluation.windows import Window
 
 MAX_NATS = 700.0  # exp does not overflow
+_MAY_DIVERGE = ("nats", "nats_square", "nats_tokens", "open_nats")
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Sums:
     nats_tokens: float = 0.0
     open_nats: float = 0.0
     open_tokens: int = 0
-    num_bytes: int = 0  # by ids: see `OpenSet.bytes_between`
+    num_bytes: int | None = 0  # by ids: see `OpenSet.bytes_between`
     num_computed_tokens: int = 0  # inputs of all windows, those that only give context included
     num_windows: int = 0
     seconds: float = 0.0
@@ -48,6 +49,10 @@ class Sums:
                 self.nats_tokens += self.open_nats * self.open_tokens
                 self.open_nats, self.open_tokens = 0.0, 0
 
+    def add_bytes(self, num_bytes: int | None) -> None:
+        """What is not known once is not known of the whole."""
+        self.num_bytes = None if num_bytes is None or self.num_bytes is None else self.num_bytes + num_bytes
+
     def add_loads(self, loads: Mapping[int, Sequence[float]]) -> None:
         """Choices of experts, and those dropped, by layer."""
         for layer, counts in loads.items():
@@ -55,31 +60,38 @@ class Sums:
             self.loads[str(layer)] = [old + new for old, new in zip(before, counts, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {key: finite(getattr(self, key)) for key in _MAY_DIVERGE}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "Sums":
-        return cls(**tree)
+        return cls(**{**tree, **{key: math.nan for key in _MAY_DIVERGE if tree[key] is None}})
 
     @property
     def standard_error(self) -> float | None:
         """Of the nats per token, taking units as drawn independently: that of a ratio of two means.
 
-        None for fewer than two units.
+        None for fewer than two units, and where the nats are not finite.
         """
-        if self.num_units < 2:
+        if self.num_units < 2 or not math.isfinite(self.nats):
             return None
         mean = self.nats / self.num_tokens
         spread = self.nats_square - 2 * mean * self.nats_tokens + mean**2 * self.tokens_square
         return math.sqrt(max(0.0, spread) * self.num_units / (self.num_units - 1)) / self.num_tokens
 
 
+def finite(value: float) -> float | None:
+    """None for an infinity and for NaN."""
+    return value if math.isfinite(value) else None
+
+
 def figures(
-    nats: float, num_tokens: int, num_bytes: int | None, standard_error: float | None
+    nats: float | None, num_tokens: int, num_bytes: int | None, standard_error: float | None
 ) -> dict[str, float | None]:
-    """The figures of one set or of several together."""
-    per_token = nats / num_tokens
-    perplexity = math.exp(per_token) if per_token < MAX_NATS else None
+    """The figures of one set or of several together. `nats` None: no finite number, and all figures are None."""
+    if nats is None:
+        num_bytes = standard_error = None
+    per_token = None if nats is None else nats / num_tokens
+    perplexity = math.exp(per_token) if per_token is not None and per_token < MAX_NATS else None
     return {
         "nats_per_token": per_token,
         "nats_per_token_standard_error": standard_error,
@@ -91,10 +103,11 @@ def figures(
 
 def set_result(sums: Sums, *, num_documents: int, num_text_bytes: int | None) -> dict[str, Any]:
     """What results.json says of a set that is done."""
-    found: dict[str, Any] = figures(sums.nats, sums.num_tokens, num_text_bytes, sums.standard_error)
+    nats = finite(sums.nats)
+    found: dict[str, Any] = figures(nats, sums.num_tokens, num_text_bytes, sums.standard_error)
     found |= {
         "num_tokens": sums.num_tokens, "num_documents": num_documents, "num_units": sums.num_units,
-        "num_text_bytes": num_text_bytes, "nats": sums.nats, "num_computed_tokens": sums.num_computed_tokens,
+        "num_text_bytes": num_text_bytes, "nats": nats, "num_computed_tokens": sums.num_computed_tokens,
         "seconds": sums.seconds,
         "tokens_per_second": sums.num_computed_tokens / sums.seconds if sums.seconds > 0 else None,
     }  # fmt: skip
@@ -106,7 +119,8 @@ def set_result(sums: Sums, *, num_documents: int, num_text_bytes: int | None) ->
 def together(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several sets as one: nats by all tokens, bits by all bytes. Sets are independent of each other."""
     num_tokens = sum(each["num_tokens"] for each in results)
-    nats = sum(each["nats"] for each in results)
+    each_nats = [each["nats"] for each in results]
+    nats = None if None in each_nats else sum(each_nats)
     counted = [each["num_text_bytes"] for each in results]
     num_bytes = None if None in counted else sum(counted)
     errors = [each["nats_per_token_standard_error"] for each in results]

@@ -9,7 +9,7 @@ _HEADER = ("set", "domain", "tokens", "documents", "nats/token", "perplexity", "
 
 def shown(tree: Mapping[str, Any], *, as_json: bool) -> str:
     """Results as the command prints them."""
-    return json.dumps(tree, indent=2, ensure_ascii=False) if as_json else table(tree)
+    return json.dumps(tree, indent=2, allow_nan=False, ensure_ascii=False) if as_json else table(tree)
 
 
 def table(tree: Mapping[str, Any]) -> str:
@@ -49,9 +49,10 @@ def capacity_text(capacity: Mapping[str, Any]) -> str:
 def _row(name: str, domain: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     dropped = found.get("dropped_share_by_layer")
     share = None if dropped is None else sum(dropped.values()) / len(dropped)
+    per_token = found["nats_per_token"]
     return (
         name, domain, f"{found['num_tokens']:,}", f"{found['num_documents']:,}",
-        _number(found["nats_per_token"], ".5f"), _number(found["perplexity"], ".4f"),
+        "not finite" if per_token is None else _number(per_token, ".5f"), _number(found["perplexity"], ".4f"),
         _number(found["perplexity_standard_error"], ".2g"), _number(found["bits_per_byte"], ".5f"),
         _number(share, ".2%"), _number(found.get("tokens_per_second"), ",.0f"),
     )  # fmt: skip

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megamoe.config.schema import Config
 from megamoe.data.tokenizers import tokenizer_of_model
 from megamoe.evaluation.corpora import OpenSet, open_set, tokenize
-from megamoe.evaluation.results import Results
+from megamoe.evaluation.results import Results, tokens_folder
 from megamoe.evaluation.scoring import score_set
 from megamoe.evaluation.sets import TextSet
 from megamoe.evaluation.sums import Sums, set_result
@@ -30,8 +30,6 @@ from megamoe.evaluation.together import first_ranks_text, on_first_rank
 from megamoe.inference.model import ForwardModel
 from megamoe.progress import StatusLine
 from megamoe.training.restore import load_model
-
-TOKENS = ".tokens"  # beside results.json: its text as ids, until all is done
 
 
 def run_rank(payload: Mapping[str, Any]) -> None:
@@ -78,6 +76,7 @@ class Evaluation:
                 for number in numbers:
                     self._score(entry, number, opened[number], f"model {place} of {len(waiting)}, ")
             self.line.end()
+            dist.barrier()  # until then a rank may still read its tokens, on another node with no hold on the files
 
     def show(self) -> None:
         """To stdout, on the first rank."""
@@ -112,6 +111,13 @@ class Evaluation:
             sums, num_documents=opened.plan.num_documents, num_text_bytes=opened.text_bytes(sums.num_bytes)
         )
         self.results.finish_set(entry, number, result)
+        if self.speaks and result["nats"] is None:
+            self.line.end(
+                f"megamoe: warning: {entry['checkpoint']}, set {opened.name}: the loss is not finite: the weights have "
+                "diverged, or run.precision is too narrow for them; its figures are null"
+            )
+        if self.speaks and result["num_text_bytes"] is None and (why := opened.why_uncounted()) is not None:
+            self.line.end(f"megamoe: note: {why}")
         self._write()
 
     def _write(self) -> None:
@@ -142,7 +148,7 @@ class Evaluation:
     def _tokens(self) -> Iterator[Path]:
         """A folder that all ranks see: beside the results, where a run that goes on finds it; else a temporary one."""
         if self.out is not None:
-            folder = self.out.with_name(f"{self.out.name}{TOKENS}")
+            folder = tokens_folder(self.out)
         else:
             own = tempfile.mkdtemp(prefix="megamoe-evaluate-") if self.speaks else ""
             folder = Path(first_ranks_text(self.model, own))

@@ -11,9 +11,19 @@ from torch import Tensor
 
 from megamoe.generation.settings import Sampling
 
+NO_TOKEN = -1  # in place of an id
+
 
 def choose(logits: Tensor, sampling: Sampling, texts: Sequence[int], step: int) -> Tensor:
-    """logits [b, V] -> ids int64 [b]. Text number and step alone decide the draw: not who else is in the batch."""
+    """logits [b, V] -> ids int64 [b]. Text number and step alone decide the draw: not who else is in the batch.
+
+    NO_TOKEN where logits are no distribution: one is NaN or infinite, or all are minus infinity.
+    """
+    is_distribution = logits.amax(dim=-1).isfinite()  # NaN is the largest of any row that holds it
+    return torch.where(is_distribution, _chosen(logits, sampling, texts, step), NO_TOKEN)
+
+
+def _chosen(logits: Tensor, sampling: Sampling, texts: Sequence[int], step: int) -> Tensor:
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
     values, ids = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
@@ -28,7 +38,7 @@ def choose(logits: Tensor, sampling: Sampling, texts: Sequence[int], step: int) 
     wanted = drawn.to(sums.device).unsqueeze(1) * sums[:, -1:]
     place = torch.searchsorted(sums, wanted, right=True)
     last = (probabilities > 0.0).sum(dim=-1, keepdim=True) - 1  # rounding must not reach what was cut off
-    return ids.gather(1, torch.minimum(place, last)).squeeze(1)
+    return ids.gather(1, torch.minimum(place, last).clamp(min=0)).squeeze(1)  # NaN is above no number: last is -1
 
 
 def uniform(seed: int, text: int, step: int) -> float:

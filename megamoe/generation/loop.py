@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megamoe.errors import ConfigError
-from megamoe.generation.choosing import choose
+from megamoe.errors import ConfigError, MegamoeError
+from megamoe.generation.choosing import NO_TOKEN, choose
 from megamoe.generation.settings import Sampling
 from megamoe.inference.model import ForwardModel
 from megamoe.inference.rows import TokenRows
@@ -53,7 +53,8 @@ def generate(
 ) -> Iterator[list[Text]]:
     """Continue every prompt; yields texts that are done, as they come. Collective over all ranks, same on each.
 
-    Raises ConfigError for a prompt that is empty or leaves no room in the context.
+    Raises ConfigError for a prompt that is empty or leaves no room in the context, MegamoeError where the model has no
+    finite logits: both on every rank.
     """
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) < limits.context:
@@ -92,6 +93,7 @@ def _continue(
         for batch, ids in zip(batches, chosen, strict=True):
             for text, token in zip(batch, ids.tolist(), strict=False):
                 if text.finish is None:
+                    _check(token, text, model)
                     text.add(token, limits)
                     done += [text] if text.finish is not None else []
         if done:
@@ -99,9 +101,17 @@ def _continue(
         if all(text.finish is not None for text in texts):
             return
         rows = [
-            TokenRows(ids[:, None], cache=cache, num_new=_growing(batch, width))
+            TokenRows(ids[:, None].clamp(min=0), cache=cache, num_new=_growing(batch, width))
             for batch, cache, ids in zip(batches, caches, chosen, strict=True)
         ]
+
+
+def _check(token: int, text: Text, model: ForwardModel) -> None:
+    if token == NO_TOKEN:
+        raise MegamoeError(
+            f"prompt {text.number}: after {len(text.new)} new tokens the model's logits are not finite: its weights "
+            f"have diverged, or run.precision {model.config.run.precision} is too narrow for them"
+        )
 
 
 def _filled(batch: Sequence[Text], width: int) -> list[Text]:

@@ -3,13 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
+from megamoe.checkpoint.outputs import writing
 from megamoe.config.schema import Config
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer
-from megamoe.errors import OutputError
 from megamoe.generation.loop import Limits, Text, generate
 from megamoe.generation.settings import Sampling
 from megamoe.inference.worker import forward_model
@@ -22,7 +22,8 @@ def run_rank(payload: Mapping[str, Any]) -> None:
     config = Config.model_validate(payload["config"])
     limits, sampling = Limits(**payload["limits"]), Sampling(**payload["sampling"])
     prompts, in_order = payload["prompts"], payload["out"] is None
-    with _lines(payload, config) as show, forward_model(config, Path(payload["checkpoint"])) as model:
+    # The model first: a file that stands there is emptied only when there is something to write.
+    with forward_model(config, Path(payload["checkpoint"])) as model, _lines(payload, config) as show:
         waiting: dict[int, Text] = {}
         shown = 0
         with model.capacity(drop_tokens=False):
@@ -49,7 +50,8 @@ def _lines(payload: Mapping[str, Any], config: Config) -> Iterator[Any]:
 
         def show(prompt: str, text: Text) -> None:
             result = result_of(prompt, text, tokenizer)
-            print(json.dumps(result, ensure_ascii=False) if as_json else _plain(result), file=file, flush=True)
+            with _writing(payload["out"]):
+                print(json.dumps(result, ensure_ascii=False) if as_json else _plain(result), file=file, flush=True)
 
         yield show
 
@@ -59,12 +61,18 @@ def _output(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
+    with _writing(path):
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (what happens between is another matter)
     try:
-        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (what happens inside is another matter)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}): choose another --out") from None
-    with file:
         yield file
+    finally:
+        with _writing(path):  # after a full disk it tries again
+            file.close()
+
+
+def _writing(path: str | None) -> AbstractContextManager[None]:
+    """Errors of a file are the user's to mend; those of stdout, such as a reader that has seen enough, pass."""
+    return nullcontext() if path is None else writing(Path(path), goes_on=False)
 
 
 def result_of(prompt: str, text: Text, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -9,7 +9,21 @@ from typing import Any
 from megamoe.config.schema import Config
 from megamoe.errors import MegamoeError
 from megamoe.launch.devices import settle_device
-from megamoe.launch.environment import rank_environment
+from megamoe.launch.environment import node_name, rank_environment
+
+
+def refused(error: MegamoeError) -> int:
+    """What a process that is a rank found before it met the others: raises it on the first rank, else its exit code.
+
+    Mostly every rank finds the same, and one says it. What one node alone finds, a file that is missing there, would be
+    said by nobody: so the first rank of every other node says it with the node's name.
+    """
+    environment = rank_environment()
+    if environment.rank == 0:
+        raise error
+    if environment.local_rank == 0:
+        print(f"megamoe: error on node {node_name()}: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def compute_on_ranks(
@@ -18,7 +32,7 @@ def compute_on_ranks(
     """Run "module:function"(payload) on every rank; the exit code, of what has been printed if it is not 0.
 
     prepare: from the number of ranks the configuration and the payload, which is JSON. It is called in the process that
-    starts ranks, or in each one that is a rank: what it raises is said once. local_ranks: new ranks here; None: this
+    starts ranks, or in each one that is a rank: what it raises is `refused`. local_ranks: new ranks here; None: this
     process is one, alone or of a launcher's.
     """
     environment = rank_environment()
@@ -26,9 +40,7 @@ def compute_on_ranks(
         config, payload = prepare(local_ranks or environment.world_size)
         settle_device(config.run.device, environment, local_ranks, os.environ)
     except MegamoeError as error:
-        if environment.rank == 0:
-            raise
-        return error.exit_code
+        return refused(error)
     payload = dict(payload) | {"config": config.model_dump(mode="json")}
     if local_ranks:
         from megamoe.launch.local import run_local

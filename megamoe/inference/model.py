@@ -77,8 +77,8 @@ class ForwardModel:
     def choose(self, rows: Sequence[TokenRows], chooser: Chooser) -> list[Tensor]:
         """What `chooser` makes of the logits after each text's last token: ids int64 [b] a micro-batch, on the host.
 
-        It is called where the micro-batch's logits are, on each tensor rank alike; the first one's answer counts.
-        Collective over all ranks.
+        It is called where the micro-batch's logits are, on each tensor rank alike; the first one's answer counts, which
+        may be a negative number where there is no id. Collective over all ranks.
         """
         found = self._passes([_only_last(row) for row in rows])
         ids = torch.zeros((len(rows), rows[0].tokens.shape[0]), dtype=torch.int64, device=self.device)

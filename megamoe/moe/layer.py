@@ -4,9 +4,9 @@
 
 Tensor parallelism, without expert tensor parallelism: every tensor rank routes its own slice of the sequence, so no
 token is sent or computed twice; with sequence parallelism the slice is what arrives, otherwise it is cut here and
-gathered again (filled up first where it does not divide: a single new token of a text does not). With expert tensor
-parallelism the experts' matrices are cut like the dense ones: all tensor ranks route the same tokens and sum their
-partial results.
+gathered again (filled up first where it does not divide, as a single new token of a text does not; what fills it up is
+not routed). With expert tensor parallelism the experts' matrices are cut like the dense ones: all tensor ranks route
+the same tokens and sum their partial results.
 """
 
 import math
@@ -157,8 +157,14 @@ class MoELayer(DeepSpeedMoE):
         x, beside = self._enter(hidden), None
         if self.shared_expert is not None:
             beside = partial(self.shared_expert, hidden)
+        fillers = self._num_fillers(hidden, x)
+        if fillers:
+            x = x[: x.shape[0] - fillers]
         y, shared = self._route_and_apply(x.reshape(-1, x.shape[-1]), num_sequences=x.shape[1], beside=beside)
-        y = self._leave(y.view_as(x))
+        y = y.view_as(x)
+        if fillers:
+            y = nn.functional.pad(y, (0, 0, 0, 0, 0, fillers))
+        y = self._leave(y)
         if y.shape[0] > hidden.shape[0]:
             y = y[: hidden.shape[0]]
         return y if self.shared_expert is None else self.shared_expert.mix(hidden, y, shared), None
@@ -257,6 +263,14 @@ class MoELayer(DeepSpeedMoE):
         if parallel.sequence_parallel:
             return mappings.gather_from_sequence_parallel_region(hidden, group=parallel.tensor_group)
         return mappings.copy_to_tensor_model_parallel_region(hidden, group=parallel.tensor_group)
+
+    def _num_fillers(self, hidden: Tensor, x: Tensor) -> int:
+        """Positions at the end of x, this rank's slice of hidden, that only fill it up: they take no token's place."""
+        parallel = self.context.parallel
+        if parallel.tensor_group is None or parallel.expert_tensor_size > 1 or parallel.sequence_parallel:
+            return 0
+        end = (dist.get_rank(parallel.tensor_group) + 1) * x.shape[0]
+        return min(x.shape[0], max(0, end - hidden.shape[0]))
 
     def _leave(self, y: Tensor) -> Tensor:
         parallel = self.context.parallel

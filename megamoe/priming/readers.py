@@ -81,7 +81,7 @@ def _jsonl(text: str, path: Path) -> Iterator[Line]:
 def _csv(text: str, path: Path) -> Iterator[Line]:
     rows = csv.reader(io.StringIO(text, newline=""))
     names: list[str] | None = None
-    for row in rows:
+    for row in _csv_rows(rows, path):
         where = f"{path}, line {rows.line_num}"
         if names is None:
             names = row
@@ -89,6 +89,19 @@ def _csv(text: str, path: Path) -> Iterator[Line]:
             if len(row) != len(names):
                 raise DataError(f"{where}: {len(row)} columns, the header has {len(names)}")
             yield Line(where, dict(zip(names, row, strict=True)))
+
+
+def _csv_rows(rows: Any, path: Path) -> Iterator[list[str]]:
+    """Of a reader. A quote that is left open takes in what follows, until the library's limit to a field's length."""
+    while True:
+        begin = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}, line {begin}: not as CSV is ({error}): is a quote left open?") from None
+        yield row
 
 
 def _record(text: str, path: Path) -> Iterator[Line]:

@@ -139,8 +139,11 @@ def collect_points(runs: Sequence[StudyRun], folder: Path, *, vocab_size: int | 
 
 
 def _scores(model: Mapping[str, Any]) -> dict[str, SetScore]:
+    """By set; those on which the model has no finite loss are left out."""
     found = {}
     for each in model["sets"]:
+        if each["nats_per_token"] is None:
+            continue
         error, size = each["nats_per_token_standard_error"], each["num_text_bytes"]
         # bits a byte are nats a token but for a factor that the text fixes
         factor = each["num_tokens"] / (math.log(2) * size) if size else None

@@ -64,7 +64,7 @@ def evaluated(site: Path, *arguments: str, first_path: Path | None = None) -> di
     process = started(site, *arguments, "--json", first_path=first_path)
     out, error = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 0, error
-    return json.loads(out)  # and nothing else is printed there
+    return json.loads(out, parse_constant=pytest.fail)  # and nothing else is printed there: no NaN either
 
 
 def refusal(site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
@@ -104,7 +104,10 @@ def test_a_killed_evaluation_ends_with_the_same_numbers_to_the_bit(site, whole, 
     assert not (site / "killed.json.tokens").exists()
     # Nothing is to do: no model is built, torch is not even loaded.
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch is loaded')\n")
+    (site / "killed.json.tokens").mkdir()  # what a death after the last write leaves
+    (site / "killed.json.tokens" / "000-one.bin").write_bytes(b"ids")
     assert evaluated(site, *command, first_path=tmp_path) == again
+    assert not (site / "killed.json.tokens").exists()
 
 
 def test_perplexity_and_bits_are_those_of_transformers_and_of_the_file(site, whole):
@@ -160,9 +163,17 @@ def test_every_checkpoint_of_a_run_is_scored_into_one_file(site, whole, tmp_path
     write_folder(tmp_path / "hf", theirs, to_theirs(table, {k: 0.1 * v for k, v in random_ours(table, 6).items()}))
     import_(tmp_path / "hf", tmp_path / "other", table, workers=0)
     (checkpoints_path(tmp_path / "other") / checkpoint_name(0)).rename(checkpoints_path(run) / checkpoint_name(7))
-    arguments = ("--text", str(site / "text.txt"), "--out", str(tmp_path / "curve.json"))
+    # A third one has diverged: a row of the embedding is no number, and routers see it.
+    weights = {k: 0.1 * v for k, v in random_ours(table).items()}
+    weights["weight", "embedding.weight"][4 + "ß".encode()[1]] = np.nan
+    write_folder(tmp_path / "lost", theirs, to_theirs(table, weights))
+    import_(tmp_path / "lost", tmp_path / "diverged", table, workers=0)
+    (checkpoints_path(tmp_path / "diverged") / checkpoint_name(0)).rename(checkpoints_path(run) / checkpoint_name(9))
+    arguments = ("--text", str(site / "text.txt"), "--out", str(tmp_path / "curve.json"), "--save-interval", "0")
     found = evaluated(site, str(run), "--every", *arguments)
-    one, other = found["models"]
+    one, other, diverged = found["models"]
+    assert diverged["is_complete"] and diverged["sets"][0]["num_tokens"] == one["sets"][0]["num_tokens"]
+    assert diverged["sets"][0]["nats"] is diverged["overall"]["perplexity"] is None
     assert Path(other["folder"]).name == checkpoint_name(7)
     alone = evaluated(site, str(checkpoints_path(run) / checkpoint_name(7)), "--text", str(site / "text.txt"))
     assert without_times(alone["models"][0]["sets"]) == without_times(other["sets"]) != without_times(one["sets"])

@@ -5,12 +5,14 @@ One launch for each number of ranks goes through all models and layouts.
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megamoe.config.loading import override_config
 from megamoe.config.schema import Corpus, TokenizerConfig
@@ -19,12 +21,15 @@ from megamoe.data.indexed import IndexedWriter
 from megamoe.data.tokenizers import EOS_ID
 from megamoe.evaluation import scoring
 from megamoe.evaluation.corpora import OpenSet, open_set
+from megamoe.evaluation.results import Results, tokens_folder
 from megamoe.evaluation.scoring import cut_rounds, round_losses, score_set
 from megamoe.evaluation.sets import EvaluationSet, TextSet
 from megamoe.evaluation.sums import Sums, set_result
+from megamoe.evaluation.worker import Evaluation
 from megamoe.inference.model import ForwardModel
 from megamoe.inference.settings import forward_config
 from megamoe.model import token_nats as token_nats_module
+from megamoe.moe.layer import MoELayer
 from megamoe.training.held_out import held_out
 from megamoe.training.restore import load_weights
 from tests.parallel.forward_worlds import both_sides, checkpoint_of, forward_model, model_of
@@ -130,6 +135,48 @@ def validation(size: int, root: str, checkpoint: Path) -> dict[str, Any]:
     return {"theirs": theirs["valid_loss"], "ours": sums.to_json(), "num_batches": num_batches}
 
 
+def odd_lengths(size: int, root: str, checkpoint: Path) -> dict[str, Any]:
+    """With tensor parallelism and a capacity: the sums of documents, and how far a layer's output is from what each
+    tensor rank's part of the tokens gives alone."""
+    drops = (*DROPS, "moe.eval_capacity_fraction=0.3")
+    config = override_config(forward_config(checkpoint, parallel(tp=2), num_ranks=size), drops, "test")
+    sums, gaps = Sums(), {}
+    with forward_model(config, checkpoint) as model, model.capacity(drop_tokens=True), torch.no_grad():
+        score_set(model, opened(root, "documents"), sums, (0, 0), lambda sums, place: None)
+        layer = next(module for module in model.chunk.modules() if isinstance(module, MoELayer))
+        hidden = torch.randn((7, 2, config.model.hidden_size), generator=torch.Generator().manual_seed(6))
+        for length, first in ((7, 4), (1, 1)):  # of one token the second rank has none
+            parts = [part for part in (hidden[:first], hidden[first:length]) if len(part)]
+            alone = [layer._route_and_apply(part.flatten(0, 1), num_sequences=2)[0].view_as(part) for part in parts]
+            gaps[length] = float((layer(hidden[:length])[0] - torch.cat(alone)).abs().max())
+        model.statistics.take()
+    return {"sums": sums.to_json(), "gaps": gaps}
+
+
+def late_rank(size: int, root: str, checkpoint: Path) -> dict[str, int]:
+    """How many ranks still have the folder of tokens, the last one long after the first one is done; and it goes."""
+    out = Path(f"{root}/late.json")
+    folder, seen = tokens_folder(out), torch.zeros(2, dtype=torch.int64)
+    header = {"sets": [opened(root, "blocks").description.describe()], "capacity": {"drops_tokens": False}}
+    tree = Results.begin(header, [{"folder": str(checkpoint), "checkpoint": "", "step": 0}]).tree
+    payload = {"results": tree, "out": str(out), "json": False, "save_interval_seconds": 30.0}
+
+    def text_bytes(self: OpenSet, counted: int | None) -> int | None:
+        time.sleep(0.5 * dist.get_rank())
+        seen[0] += folder.is_dir()
+        return counted
+
+    with forward_model(forward_config(checkpoint, (), num_ranks=size), checkpoint) as model:
+        folder.mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OpenSet, "text_bytes", text_bytes)
+            Evaluation(model, payload).run()
+        dist.barrier()
+        seen[1] += folder.is_dir()
+        dist.all_reduce(seen)
+    return {"in time": int(seen[0]), "afterwards": int(seen[1])}
+
+
 def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for constant, value in (("FEWEST_ROWS", 5), ("LOGIT_BYTES", 1), ("CACHE_BYTES", 3 * 4 * VOCAB)):
@@ -140,6 +187,8 @@ def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
                 found[name, layout] = compute(model, root)
         if name == "custom" and size == 2:
             found[name, "validation"] = validation(size, root, checkpoint_of(root, name))
+            found[name, "odd"] = odd_lengths(size, root, checkpoint_of(root, name))
+            found[name, "late"] = late_rank(size, root, checkpoint_of(root, name))
             for precision in ("bf16", "fp16"):
                 sums = Sums()
                 with model_of(root, name, (*parallel(ep=2), f"run.precision={precision}"), size) as model:
@@ -229,3 +278,16 @@ def test_blocks_are_scored_as_training_validates_drops_included(outcomes):
     shares = [dropped / choices for choices, dropped in sums.loads.values()]
     assert list(sums.loads) == ["1", "3"] and all(0.05 < share < 0.9 for share in shares)
     assert all(choices == 2 * sums.num_tokens for choices, _ in sums.loads.values())  # top 2
+
+
+def test_tokens_stay_until_the_last_rank_has_done_with_them(outcomes):
+    assert outcomes["ours"]["custom", "late"] == {"in time": 2, "afterwards": 0}
+
+
+def test_what_fills_a_window_up_takes_no_place_of_an_expert(outcomes):
+    """Windows of odd length do not divide by two tensor ranks."""
+    found = outcomes["ours"]["custom", "odd"]
+    sums = Sums.from_json(found["sums"])
+    assert all(choices == 2 * sums.num_computed_tokens for choices, _ in sums.loads.values())  # top 2
+    assert all(0.05 < dropped / choices < 0.9 for choices, dropped in sums.loads.values())
+    assert all(gap < TOLERANCE for gap in found["gaps"].values()), found["gaps"]

@@ -1,12 +1,18 @@
 """Greedy texts are transformers', prompt by prompt, alone and in batches, under every layout; draws are a text's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megamoe.generation.loop import Limits, generate
+from megamoe.config.loading import load_config
+from megamoe.errors import CheckpointError, MegamoeError, OutputError
+from megamoe.generation import worker
+from megamoe.generation.loop import Limits, Text, generate
 from megamoe.generation.settings import Sampling
 from megamoe.inference.model import ForwardModel
 from tests.parallel.forward_worlds import both_sides, model_of
@@ -45,6 +51,19 @@ def texts(model: ForwardModel, sampling: Sampling) -> list[tuple[list[int], str]
     return [(found[number].new, found[number].finish) for number in range(50)]
 
 
+@torch.no_grad()
+def diverged(model: ForwardModel) -> list[str]:
+    """What is said, greedy and drawn, when no weight is a number any more."""
+    for parameter in model.chunk.parameters():
+        parameter.fill_(torch.nan)
+    said = []
+    for sampling in (Sampling(), WARM):
+        with pytest.raises(MegamoeError) as caught:
+            texts(model, sampling)
+        said.append(str(caught.value))
+    return said
+
+
 def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for name in MODELS:
@@ -52,6 +71,7 @@ def compute_all(size: int, root: str) -> dict[tuple[str, str], dict[str, Any]]:
             if ranks == size:
                 with model_of(root, name, settings_of(name, layout), size) as model:
                     found[name, layout] = {"greedy": texts(model, Sampling()), "drawn": texts(model, WARM)}
+                    found[name, layout]["diverged"] = diverged(model)
     return found
 
 
@@ -98,3 +118,38 @@ def test_a_texts_draws_depend_on_nothing_else(model, outcomes):
     drawn = [outcomes["ours"][model, layout]["drawn"] for layout in LAYOUTS]
     assert all(other == drawn[0] for other in drawn[1:])
     assert drawn[0] != outcomes["ours"][model, "alone"]["greedy"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_says_that_logits_are_not_finite(layout, outcomes):
+    """The longest prompt is the first to be continued."""
+    assert outcomes["ours"]["custom", layout]["diverged"] == 2 * [
+        "prompt 14: after 0 new tokens the model's logits are not finite: its weights have diverged, or run.precision "
+        "fp32 is too narrow for them"
+    ]
+
+
+def test_what_stands_in_the_file_stays_until_a_model_is_there(tmp_path, monkeypatch):
+    @contextmanager
+    def damaged(config: object, checkpoint: Path) -> Iterator[None]:
+        raise CheckpointError(f"{checkpoint} is damaged")
+        yield
+
+    monkeypatch.setattr(worker, "forward_model", damaged)
+    (tmp_path / "texts").write_text("before")
+    payload = {
+        "config": load_config("laptop-moe").model_dump(mode="json"), "checkpoint": "here", "prompts": [],
+        "limits": {"num_new": 1, "context": 8}, "sampling": {}, "out": str(tmp_path / "texts"), "json": False,
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match="here is damaged"):
+        worker.run_rank(payload)
+    assert (tmp_path / "texts").read_text() == "before"
+
+
+def test_a_full_disk_is_said_in_one_sentence():
+    payload = {"out": "/dev/full", "json": False}
+    with pytest.raises(OutputError) as caught, worker._lines(payload, load_config("laptop-moe")) as show:
+        show("x", Text(0, [5], [6], "length"))
+    assert str(caught.value) == (
+        "/dev/full cannot be written (No space left on device): free space or choose an output on another disk"
+    )

@@ -12,8 +12,9 @@ from megamoe.errors import ConfigError, OutputError
 from megamoe.evaluation.plan import Capacity, checkpoints_of_run, taken_up
 from megamoe.evaluation.results import Results, read_results
 from megamoe.evaluation.sums import Sums, set_result, summary
-from megamoe.evaluation.table import table
+from megamoe.evaluation.table import shown, table
 from megamoe.evaluation.windows import Window
+from megamoe.study.scoring import _scores
 
 HEADER = {
     "sets": [{"name": "a", "domain": "near", "files": ["1"]}, {"name": "b", "domain": "far", "files": ["2"]}],
@@ -113,6 +114,48 @@ def test_results_are_gone_on_from_set_by_set_and_inside_a_set(tmp_path):
     assert again.is_complete and "progress" not in entry["sets"][1] and entry["overall"]["num_sets"] == 2
     assert taken_up(wanted, path, overwrite=True, keeps_others=False) is wanted
     assert "step 5, 50 tokens trained" in table(again.tree)
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_costs_its_own_set_and_no_other(lost, tmp_path):
+    """The file and what is printed are JSON as it is defined: without NaN and infinities."""
+    path = tmp_path / "curve.json"
+
+    def strict(text: str) -> dict:
+        return json.loads(text, parse_constant=pytest.fail)
+
+    results = Results.begin(HEADER | {"sets": [*HEADER["sets"], {"name": "c", "domain": "far", "files": []}]},
+                            [model(5), model(7)])  # fmt: skip
+    diverged, sound = results.tree["models"]
+    sums = Sums()
+    sums.add([window(0, 3, True), window(1, 2, False)], [lost, 1.0])
+    results.keep_progress(diverged, 1, sums, (1, 1))
+    results.write(path)
+    strict(path.read_text())
+    again = read_results(path)
+    diverged, sound = again.tree["models"]
+    sums, place = Results.progress(diverged["sets"][1])  # gone on from in the middle of the set
+    assert place == (1, 1) and (sums.num_tokens, sums.num_units, sums.open_tokens) == (5, 1, 2)
+    sums.add([window(1, 4, True)], [2.0])
+    assert sums.num_units == 2 and sums.standard_error is None
+    again.finish_set(diverged, 1, set_result(sums, num_documents=2, num_text_bytes=9))
+    for entry, numbers in again.waiting():
+        for number in numbers:
+            again.finish_set(entry, number, result(10.0, 5, 20))
+    again.write(path)
+    assert strict(shown(again.tree, as_json=True)) == strict(path.read_text()) == again.tree and again.is_complete
+    figures = (
+        "nats_per_token", "nats_per_token_standard_error", "perplexity", "perplexity_standard_error", "bits_per_byte"
+    )  # fmt: skip
+    for found in (diverged["sets"][1], diverged["domains"]["far"], diverged["overall"]):
+        assert [found[key] for key in figures] == [None] * 5
+    assert diverged["sets"][1]["nats"] is None and diverged["sets"][1]["num_tokens"] == 9
+    for found in (*diverged["sets"][::2], diverged["domains"]["near"], sound["domains"]["far"], sound["overall"]):
+        assert None not in [found[key] for key in figures]
+    first, second = table(again.tree).split("\n\n")
+    assert [line.split()[0] for line in first.splitlines() if "not finite" in line] == ["b", "all", "all"]
+    assert "not finite" not in second
+    assert list(_scores(diverged)) == ["a", "c"] and list(_scores(sound)) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

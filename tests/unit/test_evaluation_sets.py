@@ -13,8 +13,9 @@ from megamoe.data.token_bytes import token_bytes
 from megamoe.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megamoe.data.tokenizers import ByteTokenizer, Gpt2BpeTokenizer, SentencePieceTokenizer, byte_characters
 from megamoe.errors import ConfigError, DataError
-from megamoe.evaluation.corpora import open_set, tokenize
+from megamoe.evaluation.corpora import check_sets, open_set, tokenize
 from megamoe.evaluation.sets import EvaluationSet, EvaluationSets, TextSet, read_sets, settled_sets, single_text
+from megamoe.evaluation.sums import Sums
 from megamoe.evaluation.windows import plan_windows
 
 TEXTS = ["Größe zählt.\n", "日本語 text, two lines\nand more\n", "x", " leading and  double blanks"]
@@ -247,3 +248,49 @@ def test_bytes_of_a_foreign_dataset_are_not_guessed(tmp_path):
     assert opened.notes[0].startswith("set a: its bytes are not counted, for ")
     with pytest.raises(DataError, match=r"was written with a tokenizer of 900 ids, but model.vocab_size is 500"):
         open_set(text, tmp_path / "none", tokenizer=BYTE, vocab_size=500)
+
+
+def test_a_dataset_without_a_description_is_read_with_the_models_vocabulary(tmp_path):
+    """As Megatron's tools leave one. Its ids are their positions: 0 to 299, of which the byte tokenizer has 260."""
+    prefix = tmp_path / "text"
+    write(prefix, [100, 200])
+    (text,) = settled_sets(EvaluationSets(sets=(EvaluationSet(name="a", path=str(prefix)),)), seq_length=8)
+    opened = open_set(text, tmp_path / "none", tokenizer=BYTE, vocab_size=1000)
+    assert opened.notes == () and opened.plan.tokens(list(opened.plan.windows())[-1])[-1] == 296
+    sums = Sums()
+    sums.add_bytes(opened.bytes_between(0, 200))
+    assert sums.num_bytes == 196  # the first four are special
+    sums.add_bytes(opened.bytes_between(200, 297))
+    sums.add_bytes(opened.bytes_between(0, 200))
+    assert Sums.from_json(json.loads(json.dumps(sums.to_json()))).num_bytes is None
+    assert opened.text_bytes(sums.num_bytes) is None
+    assert opened.why_uncounted() == (
+        "set a: its bytes are not counted, for it has ids beyond the 260 of data.tokenizer: name the tokenizer that "
+        "made it, as in data.tokenizer.path=…"
+    )
+    with pytest.raises(DataError, match=r"text.bin, token 250: id 250 is outside the vocabulary of 250"):
+        open_set(text, tmp_path / "none", tokenizer=BYTE, vocab_size=250).bytes_between(240, 260)
+
+
+def test_what_ends_documents_is_not_guessed(tmp_path):
+    prefix = tmp_path / "text"
+    write(prefix, [100, 200])
+    found = EvaluationSets(sets=(EvaluationSet(name="a", path=str(prefix)),), reading="documents")
+    texts = settled_sets(found, seq_length=8)
+    with pytest.raises(DataError) as caught:
+        check_sets(texts, tokenizer=BYTE, vocab_size=1000)
+    assert str(caught.value) == (
+        f"set a: nothing says which id ends the documents of {prefix}, for there is no {prefix}.json and "
+        "data.tokenizer is not set: name the tokenizer that made it, as in data.tokenizer.kind=… "
+        "data.tokenizer.path=…, or read it in blocks"
+    )
+    assert check_sets(texts, tokenizer=BYTE, vocab_size=1000, names_tokenizer=True) == []
+    assert check_sets(texts, tokenizer=BYTE, vocab_size=260) == []  # a model of bytes: there is no other tokenizer
+    bpe = TokenizerConfig(kind="gpt2_bpe", path=str(gpt2_folder(tmp_path / "bpe")))
+    assert check_sets(texts, tokenizer=bpe, vocab_size=1000) == []
+    with pytest.raises(DataError, match=r"set a: its documents end with id 259, but model.vocab_size is 200: name"):
+        check_sets(texts, tokenizer=bpe, vocab_size=200)
+    tree = {"kind": "sentencepiece", "vocab_size": 900, "sha256": "0", "end_of_document_id": 3}
+    Path(f"{prefix}.json").write_text(json.dumps({"format_version": 1, "tokenizer": tree}))
+    (note,) = check_sets(texts, tokenizer=BYTE, vocab_size=1000)
+    assert note.startswith("set a: its bytes are not counted, for ")

@@ -10,7 +10,7 @@ import torch
 from megamoe.cli import main
 from megamoe.errors import ConfigError, DataError
 from megamoe.generate_commands import _read
-from megamoe.generation.choosing import choose, uniform
+from megamoe.generation.choosing import NO_TOKEN, choose, uniform
 from megamoe.generation.settings import Sampling
 from megamoe.inference import settings as settings_module
 from tests.unit.attempt_cases import save_checkpoint
@@ -54,6 +54,16 @@ def test_draws_follow_what_is_left_of_the_distribution(sampling, temperature, ke
 
 def test_the_likeliest_token():
     assert choose(LOGITS[None], Sampling(), [0], 0).tolist() == [0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=3), Sampling(0.7, top_p=0.8)])
+def test_logits_that_are_no_distribution_give_no_token(sampling):
+    """And the rows beside them are as if they were alone."""
+    rows = LOGITS.repeat(6, 1)
+    rows[1, 4], rows[2, 0], rows[3], rows[4] = torch.nan, torch.inf, -torch.inf, torch.nan
+    found = choose(rows, sampling, range(6), step=1).tolist()
+    assert found[1:5] == [NO_TOKEN] * 4
+    assert [found[0], found[5]] == choose(LOGITS.repeat(2, 1), sampling, [0, 5], step=1).tolist()
 
 
 def test_a_draw_is_the_texts_own():
@@ -125,6 +135,19 @@ def test_ranks_of_a_launcher_do_not_share_an_input(tmp_path, capsys, monkeypatch
     assert capsys.readouterr().err == (
         "megamoe: error: --prompts - reads one input, which a launcher's ranks share: put the prompts into a file\n"
     )
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, capsys):
+    save_checkpoint(tmp_path, 1)
+    (tmp_path / "texts").write_text("before")
+    for out in (tmp_path, tmp_path / "none" / "texts"):
+        assert main(["generate", str(tmp_path), "--prompt", "x", "--out", str(out)]) == 2
+        assert capsys.readouterr().err == (
+            f"megamoe: error: {out} cannot be written: give --out a file in a folder that is there and not read-only\n"
+        )
+    words = ["generate", str(tmp_path), "--prompt", "x", "--out", str(tmp_path / "texts")]
+    assert main(words) == 2 and (tmp_path / "texts").read_text() == "before"
+    assert "makes 260 ids, but model.vocab_size is 8" in capsys.readouterr().err
 
 
 def test_a_classifier_gives_no_tokens(tmp_path, capsys, monkeypatch):

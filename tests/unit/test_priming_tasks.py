@@ -13,6 +13,7 @@ from tests.unit.priming_cases import (
     HELLASWAG,
     OPENBOOKQA,
     RECORD,
+    STORYCLOZE,
     WINOGRANDE,
     write_lines,
     write_releases,
@@ -145,6 +146,17 @@ def test_files_stay_in_the_tasks_folder_and_fit_each_other(tmp_path):
     task = parse_task(yaml.safe_dump(TASK | {"data": {"file": "none.jsonl"}}), "t.yaml")
     with pytest.raises(DataError, match=r"cannot read .*none.jsonl: No such file or directory"):
         load_examples(task, tmp_path)
+
+
+def test_a_quote_that_is_left_open_is_named_with_its_line(tmp_path):
+    write_releases(tmp_path)
+    path = tmp_path / "storycloze" / "test.csv"
+    path.write_text(f'{STORYCLOZE}c930,"He stole.\n' + "c931,He went home.\n" * 10_000)
+    with pytest.raises(DataError) as caught:
+        load_examples(*load_task("storycloze", tmp_path))
+    assert str(caught.value) == (
+        f"{path}, line 3: not as CSV is (field larger than field limit (131072)): is a quote left open?"
+    )
 
 
 def test_task_files_are_checked():
