@@ -75,8 +75,9 @@ class _NothingToDo(Exception):
 def _evaluate(options: argparse.Namespace) -> int:
     from megamoe.evaluation.results import tokens_folder
     from megamoe.evaluation.table import shown
-    from megamoe.inference.launching import compute_on_ranks, refused
+    from megamoe.inference.launching import compute_on_ranks
     from megamoe.launch.environment import rank_environment
+    from megamoe.launch.refusal import refused
 
     try:
         with _checkpoints(options) as folders:

@@ -46,8 +46,9 @@ def add_generate_commands(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from megamoe.inference.launching import compute_on_ranks, refused
+    from megamoe.inference.launching import compute_on_ranks
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.launch.refusal import refused
 
     try:
         with model_checkpoint(options.model) as checkpoint:

@@ -66,8 +66,9 @@ def add_prime_commands(commands: Any) -> None:
 
 
 def _prime(options: argparse.Namespace) -> int:
-    from megamoe.inference.launching import compute_on_ranks, refused
+    from megamoe.inference.launching import compute_on_ranks
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.launch.refusal import refused
     from megamoe.priming.prompts import check
     from megamoe.priming.results import check_writable, model_identity
 

@@ -52,6 +52,7 @@ def start_training(options: argparse.Namespace, load: Callable[["RankEnvironment
     from megamoe.config.validation import validate_for_training
     from megamoe.launch.devices import settle_device
     from megamoe.launch.environment import rank_environment
+    from megamoe.launch.refusal import refused
 
     environment = rank_environment()
     num_ranks = options.local_ranks or environment.world_size
@@ -61,9 +62,7 @@ def start_training(options: argparse.Namespace, load: Callable[["RankEnvironment
         done, has_stopped = _completed_steps(config)
         settle_device(config.run.device, environment, options.local_ranks, os.environ)
     except MegamoeError as error:
-        if environment.rank == 0:
-            raise
-        return error.exit_code  # every rank finds the same: one says it
+        return refused(error)
     if done >= config.run.num_steps or has_stopped:
         if environment.rank == 0:
             why = ", where it stopped early" if has_stopped else ""

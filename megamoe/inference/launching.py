@@ -9,21 +9,8 @@ from typing import Any
 from megamoe.config.schema import Config
 from megamoe.errors import MegamoeError
 from megamoe.launch.devices import settle_device
-from megamoe.launch.environment import node_name, rank_environment
-
-
-def refused(error: MegamoeError) -> int:
-    """What a process that is a rank found before it met the others: raises it on the first rank, else its exit code.
-
-    Mostly every rank finds the same, and one says it. What one node alone finds, a file that is missing there, would be
-    said by nobody: so the first rank of every other node says it with the node's name.
-    """
-    environment = rank_environment()
-    if environment.rank == 0:
-        raise error
-    if environment.local_rank == 0:
-        print(f"megamoe: error on node {node_name()}: {error}", file=sys.stderr)
-    return error.exit_code
+from megamoe.launch.environment import rank_environment
+from megamoe.launch.refusal import refused
 
 
 def compute_on_ranks(

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "generation": {"errors", "config", "data", "launch", "checkpoint", "inference"},
     "generate_commands": {"errors", "arguments", "data", "launch", "inference", "generation"},
     "priming": {"errors", "progress", "config", "data", "checkpoint", "runs", "model", "inference"},
-    "prime_commands": {"errors", "arguments", "config", "data", "inference", "priming"},
+    "prime_commands": {"errors", "arguments", "config", "data", "launch", "inference", "priming"},
     "evaluation": {"errors", "progress", "config", "topology", "data", "checkpoint", "inference", "training"},
     "evaluate_commands": {"errors", "arguments", "config", "launch", "inference", "evaluation"},
     "convert_commands": {"errors", "progress", "config", "data", "checkpoint", "convert",

@@ -31,14 +31,28 @@ def test_each_node_says_once_what_it_lacks(command, model, tmp_path, monkeypatch
     arguments, message = COMMANDS[command]
     if model == "elsewhere":
         message = "elsewhere is no checkpoint, and no folder with checkpoints"
+    check_words(said_by([command, model, *arguments], monkeypatch, capsys), message)
+
+
+def test_training_does_so_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    check_words(said_by(["train", "gone.yaml"], monkeypatch, capsys), 'no file "gone.yaml", nor a preset')
+
+
+def said_by(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What each of the four ranks says before it ends."""
     said = []
     for rank in range(4):
         with monkeypatch.context() as patch:
             two_nodes_of_two(rank, patch)
-            assert main([command, model, *arguments]) == 2
+            assert main(arguments) == 2
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.count("\n") <= 1
         said.append(printed.err)
+    return said
+
+
+def check_words(said: list[str], message: str) -> None:
     assert said[0].startswith("megamoe: error: ") and message in said[0]
     assert said[2] == said[0].replace("error: ", "error on node node1: ", 1)
     assert said[1] == said[3] == ""
