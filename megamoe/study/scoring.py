@@ -139,10 +139,12 @@ def collect_points(runs: Sequence[StudyRun], folder: Path, *, vocab_size: int | 
 
 
 def _scores(model: Mapping[str, Any]) -> dict[str, SetScore]:
-    """By set; those on which the model has no finite loss are left out."""
+    """By set. Domains with a set on which the model has no finite loss are left out: the mean of the others would be of
+    other texts than other models'."""
+    unknown = {each["domain"] for each in model["sets"] if each["nats_per_token"] is None}
     found = {}
     for each in model["sets"]:
-        if each["nats_per_token"] is None:
+        if each["domain"] in unknown:
             continue
         error, size = each["nats_per_token_standard_error"], each["num_text_bytes"]
         # bits a byte are nats a token but for a factor that the text fixes

@@ -152,4 +152,8 @@ def test_results_of_a_run_that_was_trained_anew_do_not_count(runs, tmp_path, mon
         points = collect_points(runs[:1], tmp_path, vocab_size=None)
         assert [point.step for point in points] == steps
     score = points[0].sets["docs"]
+    nothing = entry | dict.fromkeys(("nats_per_token", "nats_per_token_standard_error", "bits_per_byte"))
+    models[0]["sets"] = [entry, nothing | {"name": "more"}, entry | {"name": "else", "domain": "out_of_domain"}]
+    diverged = collect_points(runs[:1], tmp_path, vocab_size=None)[0]
+    assert list(diverged.sets) == ["else"], "the mean of a domain is of all its sets, or there is none"
     assert score.bits_per_byte_se == pytest.approx(0.1 * score.bits_per_byte / score.nats_per_token)
