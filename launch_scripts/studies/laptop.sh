@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study of laptop.yaml, where megamoe is installed: builds its texts from Debian's documentation packages (apt-get
-# and dpkg-deb are needed, nothing is installed; a minute), tokenizes them, trains 12 runs, evaluates them, and writes
-# runs/laptop/index.html: about an hour on two quiet cores, 3 GB of disk. Run again, it goes on where it was. Options go
+# and dpkg-deb are needed, nothing is installed; a minute), tokenizes them, trains 13 runs, evaluates them, and writes
+# runs/laptop/index.html: 70 minutes on two quiet cores, 3 GB of disk. Run again, it goes on where it was. Options go
 # to `megamoe study`.
 #
 #   bash launch_scripts/studies/laptop.sh [--plan --cluster cpu | --report-only | ...]

@@ -36,6 +36,10 @@ _BLOCK_ELEMENTS = 1 << 17
 # Elements of g from which all threads work on one block: its products are large enough for that, and blocks side by
 # side would not fit in the cache together.
 _LARGE_BLOCK_ELEMENTS = 1 << 20
+# Elements of all blocks below which handing them out costs more than it gains, unless experts are small on average:
+# for some milliseconds the processors still belong to threads that wait for more of what was done before.
+_FEW_ELEMENTS = 1 << 22
+_SMALL_EXPERT_ELEMENTS = 1 << 16
 
 
 def expert_by_expert_ffn(
@@ -185,6 +189,9 @@ def _divided(blocks: list[_Block], ffn: int, num_threads: int) -> tuple[list[_Bl
     if num_threads == 1:
         return blocks, []
     total = sum(block.num_rows for block in blocks)
+    num_experts = sum(len(block.counts) for block in blocks)
+    if num_experts * _SMALL_EXPERT_ELEMENTS <= total * ffn < _FEW_ELEMENTS:
+        return blocks, []
     for number, block in enumerate(blocks):
         is_large = block.num_rows * ffn >= _LARGE_BLOCK_ELEMENTS
         if not is_large and 2 * num_threads * block.num_rows < total:
