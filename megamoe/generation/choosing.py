@@ -26,10 +26,8 @@ def choose(logits: Tensor, sampling: Sampling, texts: Sequence[int], step: int) 
 def _chosen(logits: Tensor, sampling: Sampling, texts: Sequence[int], step: int) -> Tensor:
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
-    values, ids = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
-    probabilities = values.softmax(dim=-1)
-    if sampling.top_k:
-        probabilities[:, sampling.top_k :] = 0.0
+    values, ids = _likeliest_first(logits, sampling.top_k)
+    probabilities = (values.double() / sampling.temperature).softmax(dim=-1)
     if sampling.top_p < 1.0:
         before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier ones; the first always stays
         probabilities[before >= sampling.top_p * probabilities.sum(dim=-1, keepdim=True)] = 0.0
@@ -39,6 +37,15 @@ def _chosen(logits: Tensor, sampling: Sampling, texts: Sequence[int], step: int)
     place = torch.searchsorted(sums, wanted, right=True)
     last = (probabilities > 0.0).sum(dim=-1, keepdim=True) - 1  # rounding must not reach what was cut off
     return ids.gather(1, torch.minimum(place, last).clamp(min=0)).squeeze(1)  # NaN is above no number: last is -1
+
+
+def _likeliest_first(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """[b, V] -> values and ids [b, k], of equal ones the lower id first; top_k 0: all."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits.sort(dim=-1, descending=True, stable=True)
+    ids = logits.topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
 
 
 def uniform(seed: int, text: int, step: int) -> float:

@@ -52,6 +52,18 @@ def test_draws_follow_what_is_left_of_the_distribution(sampling, temperature, ke
     np.testing.assert_allclose(np.bincount(ids, minlength=len(LOGITS)) / NUM_DRAWS, weights, atol=0.03)
 
 
+def test_the_top_k_of_a_large_vocabulary_are_those_of_all_of_it():
+    logits = torch.randn(1_000, generator=torch.Generator().manual_seed(4))
+    logits[300] = logits[20]  # of equal ones the first comes first
+    values = logits.double().numpy() / 0.7
+    likeliest_first = np.argsort(-values, kind="stable")[:17]
+    weights = np.exp(values[likeliest_first] - values.max())
+    numbers = np.array([uniform(0, text, 5) for text in range(NUM_DRAWS)]) * weights.sum()
+    expected_ids = likeliest_first[np.searchsorted(weights.cumsum(), numbers, side="right")]
+    ids = choose(logits.expand(NUM_DRAWS, -1), Sampling(0.7, top_k=17, seed=0), range(NUM_DRAWS), step=5).numpy()
+    np.testing.assert_array_equal(ids, expected_ids)
+
+
 def test_the_likeliest_token():
     assert choose(LOGITS[None], Sampling(), [0], 0).tolist() == [0]
 
