@@ -79,6 +79,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from megamoe.launch.environment import rank_environment
     from megamoe.launch.refusal import refused
 
+    environment = rank_environment()  # before a world of one is made of this process
     try:
         with _checkpoints(options) as folders:
             return compute_on_ranks(
@@ -87,12 +88,12 @@ def _evaluate(options: argparse.Namespace) -> int:
                 local_ranks=options.local_ranks,
             )
     except _NothingToDo as done:
-        if rank_environment().rank == 0:
+        if environment.rank == 0:
             shutil.rmtree(tokens_folder(options.out), ignore_errors=True)  # a command that died at its end has left it
             print(shown(done.tree, as_json=options.json))
         return 0
     except MegamoeError as error:
-        return refused(error)
+        return refused(error, environment)
 
 
 @contextlib.contextmanager

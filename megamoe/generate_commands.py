@@ -48,8 +48,10 @@ def add_generate_commands(commands: Any) -> None:
 def _generate(options: argparse.Namespace) -> int:
     from megamoe.inference.launching import compute_on_ranks
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.launch.environment import rank_environment
     from megamoe.launch.refusal import refused
 
+    environment = rank_environment()  # before a world of one is made of this process
     try:
         with model_checkpoint(options.model) as checkpoint:
             return compute_on_ranks(
@@ -57,7 +59,7 @@ def _generate(options: argparse.Namespace) -> int:
                 local_ranks=options.local_ranks,
             )  # fmt: skip
     except MegamoeError as error:
-        return refused(error)
+        return refused(error, environment)
 
 
 def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> Any:

@@ -68,6 +68,7 @@ def add_prime_commands(commands: Any) -> None:
 def _prime(options: argparse.Namespace) -> int:
     from megamoe.inference.launching import compute_on_ranks
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.launch.environment import rank_environment
     from megamoe.launch.refusal import refused
     from megamoe.priming.prompts import check
     from megamoe.priming.results import check_writable, model_identity
@@ -86,11 +87,12 @@ def _prime(options: argparse.Namespace) -> int:
             "settings": settings.to_tree(), "json": options.json, "num_ranks": num_ranks,
         }  # fmt: skip
 
+    environment = rank_environment()  # before a world of one is made of this process
     try:
         with model_checkpoint(options.model, scratch=options.scratch) as checkpoint:
             return compute_on_ranks("megamoe.priming.worker:run_rank", prepare, local_ranks=options.local_ranks)
     except MegamoeError as error:
-        return refused(error)
+        return refused(error, environment)
 
 
 def _write_lm_eval(options: argparse.Namespace) -> int:

@@ -62,7 +62,7 @@ def start_training(options: argparse.Namespace, load: Callable[["RankEnvironment
         done, has_stopped = _completed_steps(config)
         settle_device(config.run.device, environment, options.local_ranks, os.environ)
     except MegamoeError as error:
-        return refused(error)
+        return refused(error, environment)
     if done >= config.run.num_steps or has_stopped:
         if environment.rank == 0:
             why = ", where it stopped early" if has_stopped else ""

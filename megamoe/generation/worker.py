@@ -7,13 +7,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
+from megamoe.inference.worker import forward_model  # first: it quietens the engines, which others import
+
+# isort: split
+import torch.distributed as dist
+
 from megamoe.checkpoint.outputs import writing
 from megamoe.config.schema import Config
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer
 from megamoe.generation.loop import Limits, Text, generate
 from megamoe.generation.settings import Sampling
-from megamoe.inference.worker import forward_model
-from megamoe.launch.environment import rank_environment
 
 
 def run_rank(payload: Mapping[str, Any]) -> None:
@@ -41,7 +44,7 @@ def run_rank(payload: Mapping[str, Any]) -> None:
 @contextmanager
 def _lines(payload: Mapping[str, Any], config: Config) -> Iterator[Any]:
     """What shows one text: on the first rank as JSON or plain, in a file or on stdout; on others nothing."""
-    if rank_environment().rank != 0:
+    if dist.get_rank() != 0:
         yield lambda prompt, text: None
         return
     tokenizer = build_tokenizer(config.data.tokenizer)

@@ -27,7 +27,7 @@ def compute_on_ranks(
         config, payload = prepare(local_ranks or environment.world_size)
         settle_device(config.run.device, environment, local_ranks, os.environ)
     except MegamoeError as error:
-        return refused(error)
+        return refused(error, environment)
     payload = dict(payload) | {"config": config.model_dump(mode="json")}
     if local_ranks:
         from megamoe.launch.local import run_local

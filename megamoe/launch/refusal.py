@@ -3,16 +3,15 @@
 import sys
 
 from megamoe.errors import MegamoeError
-from megamoe.launch.environment import node_name, rank_environment
+from megamoe.launch.environment import RankEnvironment, node_name
 
 
-def refused(error: MegamoeError) -> int:
+def refused(error: MegamoeError, environment: RankEnvironment) -> int:
     """What a process that is a rank found before it met the others: raises it on the first rank, else its exit code.
 
     Mostly every rank finds the same, and one says it. What one node alone finds, a file that is missing there, would be
     said by nobody: so the first rank of every other node says it with the node's name.
     """
-    environment = rank_environment()
     if environment.rank == 0:
         raise error
     if environment.local_rank == 0:
