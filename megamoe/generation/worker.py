@@ -26,7 +26,10 @@ def run_rank(payload: Mapping[str, Any]) -> None:
     limits, sampling = Limits(**payload["limits"]), Sampling(**payload["sampling"])
     prompts, in_order = payload["prompts"], payload["out"] is None
     # The model first: a file that stands there is emptied only when there is something to write.
-    with forward_model(config, Path(payload["checkpoint"])) as model, _lines(payload, config) as show:
+    with (
+        forward_model(config, Path(payload["checkpoint"])) as model,
+        _lines(payload, config, is_first=dist.get_rank() == 0) as show,
+    ):
         waiting: dict[int, Text] = {}
         shown = 0
         with model.capacity(drop_tokens=False):
@@ -42,9 +45,9 @@ def run_rank(payload: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _lines(payload: Mapping[str, Any], config: Config) -> Iterator[Any]:
+def _lines(payload: Mapping[str, Any], config: Config, *, is_first: bool) -> Iterator[Any]:
     """What shows one text: on the first rank as JSON or plain, in a file or on stdout; on others nothing."""
-    if dist.get_rank() != 0:
+    if not is_first:
         yield lambda prompt, text: None
         return
     tokenizer = build_tokenizer(config.data.tokenizer)

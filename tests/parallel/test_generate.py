@@ -148,7 +148,8 @@ def test_what_stands_in_the_file_stays_until_a_model_is_there(tmp_path, monkeypa
 
 def test_a_full_disk_is_said_in_one_sentence():
     payload = {"out": "/dev/full", "json": False}
-    with pytest.raises(OutputError) as caught, worker._lines(payload, load_config("laptop-moe")) as show:
+    config = load_config("laptop-moe")
+    with pytest.raises(OutputError) as caught, worker._lines(payload, config, is_first=True) as show:
         show("x", Text(0, [5], [6], "length"))
     assert str(caught.value) == (
         "/dev/full cannot be written (No space left on device): free space or choose an output on another disk"
