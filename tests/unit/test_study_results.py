@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import pytest
 
@@ -13,6 +14,7 @@ from megamoe.study.write import PAGE, PICTURES, SPEEDUP_FILE, csv_text, headline
 from tests.fork_server import ROOT
 
 FOLDER = ROOT / "docs/studies/laptop"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +57,12 @@ def test_factors_pictures_and_words_follow_from_the_lines(study, points):
             if column in ("domain", "cost", "method") or not value:
                 assert value == other[column]
             else:
-                assert float(value) == pytest.approx(float(other[column]), rel=1e-9)
+                assert float(value) == pytest.approx(float(other[column]), rel=1e-6)  # fits differ by processor
     for name, text in picture_files(study, points, factors):
-        assert (FOLDER / PICTURES / name).read_text() == text
+        kept_text = (FOLDER / PICTURES / name).read_text()
+        assert NUMBER.sub("#", kept_text) == NUMBER.sub("#", text)
+        drawn, drawn_again = ([float(number) for number in NUMBER.findall(each)] for each in (kept_text, text))
+        assert drawn == pytest.approx(drawn_again, rel=1e-6, abs=0.11)  # a tenth of a pixel, by rounding
     told = " ".join((FOLDER / "README.md").read_text().split())
     for line in headline(study, factors):
         assert line in told
