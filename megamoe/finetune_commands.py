@@ -166,7 +166,11 @@ def _check_same_task(config: "Config") -> None:
     saved = found[1].config
     then, now = saved.get("finetune", {}), config.finetune
     pairs = [
-        ("from", _weights(saved.get("checkpoint", {}).get("load_from")), _weights(config.checkpoint.load_from)),
+        (
+            "from",
+            _weights(saved.get("checkpoint", {}).get("load_from"), saved.get("run", {}).get("dir")),
+            _weights(config.checkpoint.load_from, config.run.dir),
+        ),
         ("with finetune.train_files", _resolved(then.get("train_files")), _resolved(now.train_files)),
         ("with finetune.valid_files", _resolved(then.get("valid_files")), _resolved(now.valid_files)),
         ("with finetune.labels", list(then.get("labels") or ()), list(now.labels)),
@@ -180,9 +184,15 @@ def _check_same_task(config: "Config") -> None:
             )
 
 
-def _weights(checkpoint: str | None) -> list[str]:
-    """Where a checkpoint lies, not which one it is: a run's newest may be another by now."""
-    return [] if checkpoint is None else [str(Path(checkpoint).resolve().parent)]
+def _weights(checkpoint: str | None, run_dir: str | None) -> list[str]:
+    """Where a checkpoint lies, not which one it is: a run's newest may be another by now. What was imported into the
+    run's own folder lies there also when that has been moved."""
+    if checkpoint is None:
+        return []
+    folder = Path(checkpoint).resolve().parent
+    if run_dir is not None and folder.is_relative_to(Path(run_dir).resolve()):
+        return [str(folder.relative_to(Path(run_dir).resolve()))]
+    return [str(folder)]
 
 
 def _resolved(paths: Sequence[str] | None) -> list[str]:
@@ -198,11 +208,9 @@ def _check_examples(config: "Config") -> None:
 
 
 def _saved_config(checkpoint: Path) -> dict[str, Any]:
-    from megamoe.checkpoint.files import read_small
-    from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+    from megamoe.checkpoint.manifest import Manifest
 
-    path = checkpoint / MANIFEST
-    saved = Manifest.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path)).config
+    saved = Manifest.read(checkpoint).config
     if not saved:
         raise CheckpointError(f"{checkpoint} says nothing of its model: give a run's own checkpoint")
     return saved

@@ -54,6 +54,7 @@ def add_study_commands(commands: Any) -> None:
 def _study(options: argparse.Namespace) -> int:
     from megamoe.study.ladder import check_trained_alike, study_runs
     from megamoe.study.schema import read_study
+    from megamoe.study.scoring import check_evaluation
 
     changes = {"dir": options.out, "local_ranks": options.local_ranks}
     study = read_study(options.study).model_copy(update={key: value for key, value in changes.items() if value})
@@ -65,6 +66,8 @@ def _study(options: argparse.Namespace) -> int:
         return _plan(options, study, runs)
     for run in runs:
         check_trained_alike(run)
+    if not options.report_only:
+        check_evaluation(runs, study, study.folder)
     if options.submit is not None:
         return _submit(shlex.split(options.submit), study, chosen)
     return _carry_out(options, study, runs, chosen)
@@ -113,14 +116,13 @@ def _carry_out(
     options: argparse.Namespace, study: "StudySettings", runs: "tuple[StudyRun, ...]", chosen: "tuple[StudyRun, ...]"
 ) -> int:
     from megamoe.study.lock import study_lock
-    from megamoe.study.scoring import check_evaluation, score_runs
+    from megamoe.study.scoring import score_runs
     from megamoe.study.training import train_runs
     from megamoe.study.write import write_study
 
     with study_lock(study.folder) as lock:
         failures = []
         if not options.report_only:
-            check_evaluation(runs, study, study.folder)
             if not options.no_train:
                 failures += train_runs(
                     runs, chosen, study.folder, local_ranks=study.local_ranks, held=(lock,)

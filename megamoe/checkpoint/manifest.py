@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import xxhash
 
 from megamoe.checkpoint import strict_json
 from megamoe.checkpoint.coverage import check_coverage
+from megamoe.checkpoint.files import read_small
 from megamoe.checkpoint.frozen import frozen_parameters
 from megamoe.checkpoint.slices import MAX_BYTES, PARAMETER_KINDS, STORAGE, Slice, check_shape
 from megamoe.checkpoint.stored_slices import FileEntry, SliceReader, StoredSlice, check_hex, check_integer
@@ -131,6 +133,12 @@ class Manifest:
             "parameters": {name: list(shape) for name, shape in self.parameters.items()},
         }
         return strict_json.seal(tree | _entries_tree(self.files, self.tensors.values()))
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Manifest":
+        """That of a checkpoint's folder. Raises CheckpointError where it is missing or damaged."""
+        path = checkpoint / MANIFEST
+        return cls.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path))
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megamoe.checkpoint.files import CHUNK_BYTES, OpenFiles, open_regular, read_into, read_small
+from megamoe.checkpoint.files import CHUNK_BYTES, OpenFiles, open_regular, read_into
 from megamoe.checkpoint.manifest import (
     BLOCK_BYTES,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     FileEntry,
     Manifest,
     StoredSlice,
@@ -40,9 +39,7 @@ class Checkpoint:
 
         Raises CheckpointError naming the file for anything missing, left over, of another size, or another save's.
         """
-        path = folder / MANIFEST
-        manifest = Manifest.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path))
-        checkpoint = cls(folder, manifest)
+        checkpoint = cls(folder, Manifest.read(folder))
         checkpoint._check_folder()
         return checkpoint
 

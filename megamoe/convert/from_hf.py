@@ -18,9 +18,9 @@ import xxhash
 from megamoe.checkpoint import faults
 from megamoe.checkpoint import manifest as manifests
 from megamoe.checkpoint.commit import fresh_state, library_versions, merge, read_part, write_manifest
-from megamoe.checkpoint.files import open_regular, read_into, read_small, replace_file
+from megamoe.checkpoint.files import open_regular, read_into, replace_file
 from megamoe.checkpoint.folders import LATEST, checkpoint_name
-from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Part
+from megamoe.checkpoint.manifest import MANIFEST, Part
 from megamoe.checkpoint.outputs import check_places, check_room, growing, put_in_place, writing
 from megamoe.checkpoint.reader import Checkpoint, check_block, check_header
 from megamoe.checkpoint.slices import STORAGE, Slice, boxes_of, volume, whole_box
@@ -214,7 +214,7 @@ def _finished_manifest(job: _Import) -> str | None:
     if not path.exists():
         return None
     try:
-        manifest = manifests.Manifest.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path))
+        manifest = manifests.Manifest.read(job.folder)
         if manifest.save_id != job.save_id:
             raise CheckpointError(f"{path} is of another import")
         with writing(job.folder):  # that run died while it removed what the manifest now says

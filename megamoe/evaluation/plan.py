@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megamoe.checkpoint.commit import library_versions
-from megamoe.checkpoint.files import read_small
 from megamoe.checkpoint.folders import complete_checkpoints
-from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+from megamoe.checkpoint.manifest import Manifest
 from megamoe.config.schema import Config
 from megamoe.errors import ConfigError
 from megamoe.evaluation.corpora import describe_tokenizer
@@ -72,7 +71,7 @@ def model_identity(folder: Path, asked: Path, config: Config) -> dict[str, Any]:
 
     Raises CheckpointError where its manifest is damaged.
     """
-    manifest = Manifest.from_bytes(read_small(folder / MANIFEST, MAX_MANIFEST_BYTES), str(folder / MANIFEST))
+    manifest = Manifest.read(folder)
     table = param_table(config.model, config.moe)
     is_own = folder.resolve().is_relative_to(asked.resolve())
     return {

@@ -10,9 +10,9 @@
 import os
 from pathlib import Path
 
-from megamoe.checkpoint.files import read_small, replace_file
+from megamoe.checkpoint.files import replace_file
 from megamoe.checkpoint.folders import LATEST, checkpoint_name, complete_checkpoints, step_of
-from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+from megamoe.checkpoint.manifest import Manifest
 from megamoe.config.loading import dump_yaml
 from megamoe.config.schema import Config
 from megamoe.errors import CheckpointError, ConfigError
@@ -59,9 +59,8 @@ def resumable_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
 def resumable_manifest(run_dir: str | os.PathLike[str]) -> tuple[Path, Manifest] | None:
     """The first of `resumable_checkpoints` whose manifest is whole, with it; None where there is none."""
     for folder in resumable_checkpoints(run_dir):
-        path = folder / MANIFEST
         try:
-            return folder, Manifest.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path))
+            return folder, Manifest.read(folder)
         except CheckpointError:  # said, and decided about, by the ranks when they load
             continue
     return None

@@ -32,8 +32,6 @@ STYLE = """\
 .study-legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.8rem;color:var(--soft);margin:.1rem 0 .3rem}
 .study-legend span{display:inline-flex;align-items:center;gap:.4rem}
 .study-legend svg{width:26px;height:10px;flex:none}
-.disc{fill:var(--c);stroke:var(--bg);stroke-width:1}.ring{fill:none;stroke:var(--c);stroke-width:1;opacity:.75}
-svg text.end{fill:var(--c)}
 .verdict{font-size:1.05rem;max-width:75ch}
 .bad-list{border-left:3px solid var(--bad);padding-left:1rem}
 ul.plain{max-width:85ch;padding-left:1.2rem}ul.plain li{margin:.3rem 0}

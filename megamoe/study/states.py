@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe.checkpoint.files import read_small
 from megamoe.checkpoint.folders import complete_checkpoints, step_of
-from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+from megamoe.checkpoint.manifest import Manifest
 from megamoe.errors import CheckpointError
 from megamoe.runs.events import read_events
 from megamoe.runs.metrics import METRICS_FILE, read_metrics
@@ -36,12 +35,11 @@ def saved_checksums(run: StudyRun) -> dict[int, str]:
     """By step, what tells one save from another; a damaged one is left out, evaluating it will say why."""
     found = {}
     for path in complete_checkpoints(run.dir / "checkpoints"):
-        manifest = path / MANIFEST
         step = step_of(path.name)
         if step is None:
             continue
         with contextlib.suppress(CheckpointError):
-            found[step] = Manifest.from_bytes(read_small(manifest, MAX_MANIFEST_BYTES), str(manifest)).checksum
+            found[step] = Manifest.read(path).checksum
     return found
 
 

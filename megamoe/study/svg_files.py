@@ -3,23 +3,13 @@
 from collections.abc import Iterator
 from html import escape
 
-from megamoe.pictures.colours import scale_css
+from megamoe.pictures.colours import GROUND_CSS, MARKS_CSS, scale_css
 from megamoe.study.charts import HEIGHT, LEFT, RIGHT_EDGE, WIDTH, Picture, chart_marks, description, legend_marks
 
 HEAD, ROW = 46, 18  # height of title and subtitle, and of a row of the legend
 MARK_WIDTH, CHARACTER_WIDTH, GAP = 32, 6.6, 18  # of a legend's entry; text is measured by its reader's font
 
-STYLE = """\
-:root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--soft:#59626d;--grid:#e9ecf0}
-@media (prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e6e9ed;--soft:#9aa4b0;--grid:#262c33}}
-text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;fill:var(--soft)}
-text.title{font-size:15px;font-weight:600;fill:var(--ink)}text.end{fill:var(--c)}
-.x path,.y .base{stroke:var(--soft);fill:none}.y path{stroke:var(--grid);fill:none}
-.line{fill:none;stroke:var(--c);stroke-linejoin:round;stroke-linecap:round}
-.swatch-line{fill:none;stroke:var(--c);stroke-width:2.4;stroke-linecap:round}
-.range{fill:var(--c);fill-opacity:.17}.ink{--c:var(--ink)}
-.disc{fill:var(--c);stroke:var(--bg)}.ring{fill:none;stroke:var(--c);opacity:.75}
-"""
+TITLE_CSS = "svg text.title{font-size:15px;font-weight:600;fill:var(--ink)}\n"
 
 
 def svg_file(picture: Picture) -> str:
@@ -30,7 +20,7 @@ def svg_file(picture: Picture) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + HEIGHT}" width="{WIDTH}" '
             f'height="{top + HEIGHT}" role="img" aria-label="{escape(description(picture))}">\n',
-            f"<style>{STYLE}{scale_css()}</style>\n",
+            f"<style>{GROUND_CSS}{MARKS_CSS}{TITLE_CSS}{scale_css()}</style>\n",
             f'<rect width="{WIDTH}" height="{top + HEIGHT}" fill="var(--bg)"/>\n',
             f'<text class="title" x="{LEFT}" y="22">{escape(picture.title)}</text>',
             f'<text x="{LEFT}" y="40">{escape(picture.subtitle)}</text>\n',

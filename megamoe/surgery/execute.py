@@ -15,10 +15,10 @@ import xxhash
 from megamoe import __version__
 from megamoe.checkpoint import manifest as manifests
 from megamoe.checkpoint.commit import fresh_state, merge, read_part, write_manifest
-from megamoe.checkpoint.files import read_small, replace_file
+from megamoe.checkpoint.files import replace_file
 from megamoe.checkpoint.folders import checkpoint_name, remove_tree, set_latest
 from megamoe.checkpoint.layouts import layout_of
-from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+from megamoe.checkpoint.manifest import MANIFEST, Manifest
 from megamoe.checkpoint.outputs import check_places, growing, put_in_place, writing
 from megamoe.checkpoint.slices import STORAGE, Slice, volume
 from megamoe.checkpoint.strict_json import dumps
@@ -163,7 +163,7 @@ def _is_complete(folder: Path, save_id: str) -> bool:
     if not path.exists():
         return False
     try:
-        is_ours = Manifest.from_bytes(read_small(path, MAX_MANIFEST_BYTES), str(path)).save_id == save_id
+        is_ours = Manifest.read(folder).save_id == save_id
     except CheckpointError:
         is_ours = False
     if not is_ours:

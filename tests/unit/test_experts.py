@@ -55,6 +55,21 @@ def test_what_is_kept_for_the_backward_pass_is_a_choice_of_memory(load, gated):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_without_gradients_only_a_block_is_in_memory(monkeypatch, gated):
+    """All that is allocated is the result, and a and g of the largest block, once."""
+    monkeypatch.setattr("megamoe.moe.ffn._BLOCK_ELEMENTS", 1)
+    counts, hidden, ffn = [30, 50, 40, 20], 8, 64
+    experts = make_experts(4, gated=gated, hidden=hidden, ffn=ffn)
+    buffer = torch.randn(sum(counts), hidden, dtype=experts.fc1.weight.dtype)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        experts(buffer, counts)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    size = buffer.element_size()
+    wanted = size * (buffer.numel() + max(counts) * ffn * (3 if gated else 2))
+    assert wanted <= allocated < 1.1 * wanted
+
+
 def plain_experts(experts: StackedExperts, counts: list[int]):
     """Rows for each expert, what plain linear maps make of them, all leaves, and a gradient to start from."""
     generator, dtype = torch.Generator().manual_seed(8), experts.fc1.weight.dtype

@@ -146,6 +146,10 @@ def test_the_plan_adds_up(place, capsys):
 def test_a_study_becomes_an_array_of_jobs(place, capfd):
     for name in ("train.bin", "train.idx"):
         (place / name).touch()
+    missing = main(["study", "study.yaml", "--submit=--dry-run"])
+    assert missing == 2 and "sets.yaml" in capfd.readouterr().err, "found before days of training, not after"
+    (place / "sets.yaml").write_text("sets: [{name: docs, path: docs.txt, domain: in_domain}]\n")
+    (place / "docs.txt").write_text("one\n")
     words = "--nodes 1 --ranks-per-node 1 --no-preflight --dry-run"
     assert main(["study", "study.yaml", "--only", "moe-0", "--only", "moe-1", "--submit", words]) == 0
     script = capfd.readouterr().out

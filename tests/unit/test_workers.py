@@ -81,6 +81,24 @@ def test_which_blocks_all_threads_work_on(monkeypatch, counts, num_threads, larg
     assert [block.num_rows for block in first] == together and first + rest == blocks
 
 
+@pytest.mark.parametrize(
+    ("small", "few", "num_together"),
+    [
+        (50, 1000, 8),  # 8 experts of 80 activations: large on average, and few in all
+        (80, 641, 8),  # just so
+        (81, 1000, 0),  # small experts are handed out
+        (50, 640, 0),  # and so are many
+    ],
+)
+def test_few_large_experts_are_not_handed_out(monkeypatch, small, few, num_together):
+    monkeypatch.setattr(ffn, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(ffn, "_SMALL_EXPERT_ELEMENTS", small)
+    monkeypatch.setattr(ffn, "_FEW_ELEMENTS", few)
+    blocks = ffn._blocks([10] * 8, 8)
+    first, rest = ffn._divided(blocks, 8, 2)
+    assert len(first) == num_together and first + rest == blocks
+
+
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])
 def test_threads_change_no_bit(monkeypatch, two_threads, name):
     """Blocks that two threads take whole, against the same blocks one after another on one thread."""
