@@ -84,6 +84,7 @@ print(hashlib.sha256(b"\0".join([os.getcwd().encode(), *files])).hexdigest())')
     echo "Installing megamoe and what it needs (torch, DeepSpeed, Megatron-core, ...) into $environment."
     echo "The first time this downloads some hundred MB and takes some minutes ..."
     # DeepSpeed comes as source: without `wheel` an older pip warns of the way in which it builds it.
+    export PIP_DISABLE_PIP_VERSION_CHECK=1  # the newcomer has no use for news of pip
     "$python" -m pip install -q wheel -c "$root/constraints.txt" &&
         "$python" -m pip install -q -e "$root$extras" -c "$root/constraints.txt" ||
         fail "the installation failed; pip's message is above. Nothing else was changed; run this again once it is mended."

@@ -125,8 +125,11 @@ def test_a_hugging_face_folder_is_imported_once_and_trains_as_our_checkpoint_doe
     ):
         with pytest.raises(ConfigError, match=re.escape(f"from_hf holds a training with {what}: choose another run")):
             finetuned(hf_folder, root / "from_hf", *arguments[5:], change)
-    with pytest.raises(ConfigError, match=r"from_hf holds a training from .*/from_hf/base/checkpoints, not .*/base/"):
+    with pytest.raises(ConfigError, match=r"from_hf holds a training from base/checkpoints, not .*/base/"):
         finetuned(Path(base.run.dir), root / "from_hf", *arguments[5:])
+    moved = shutil.copytree(root / "from_hf", root / "moved")
+    still = finetuned(hf_folder, moved, *arguments[5:], f"run.dir={moved}")
+    assert still.checkpoint.load_from.startswith(str(moved)), "what was imported has moved with the run"
     other = shutil.copytree(hf_folder, root / "other_hf")
     with pytest.raises(ConfigError, match=r"from_hf/base was imported from .*/hf, not from .*/other_hf: choose"):
         finetuned(other, root / "from_hf", *arguments[5:])
