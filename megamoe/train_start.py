@@ -9,6 +9,9 @@ from megamoe.arguments import positive
 from megamoe.attempt_commands import train_again
 from megamoe.errors import MegamoeError
 
+# After a rank's death the others hear from the watchdog within two seconds who it was, on a busy machine later.
+GRACE_SECONDS = 6.0
+
 if TYPE_CHECKING:
     from megamoe.config.schema import Config
     from megamoe.launch.environment import RankEnvironment
@@ -98,7 +101,7 @@ def _train_here(config: "Config", payload: Mapping[str, Any], num_ranks: int) ->
         num_ranks=num_ranks,
         preload=("megamoe.training.main",),
         timeout_seconds=None,
-        grace_seconds=3.0,
+        grace_seconds=GRACE_SECONDS,
         stop_seconds=config.parallel.timeout_seconds + config.checkpoint.save_timeout_seconds,
     )  # which has printed why, if it failed
     if (failure := result.failure) is not None:

@@ -52,12 +52,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes, *, point: str | None = None) -> None:
+def replace_file(path: Path, data: bytes, *, point: str | None = None, writer: str = "") -> None:
     """Write a small file as one act: readers see the old or the new content, also after a crash.
 
-    `point` names the fault points on the way: "<point>-written", "<point>-synced", "<point>-renamed".
+    `point` names the fault points on the way: "<point>-written", "<point>-synced", "<point>-renamed". Where several
+    may write one file at the same time, `writer` is of each its own: without it they would write into one another.
     """
-    temporary = temporary_name(path)
+    temporary = temporary_name(path, writer)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -68,9 +69,9 @@ def replace_file(path: Path, data: bytes, *, point: str | None = None) -> None:
     _reach(point, "renamed")
 
 
-def temporary_name(path: Path) -> Path:
+def temporary_name(path: Path, writer: str = "") -> Path:
     """What `replace_file` may leave behind when the process dies in it."""
-    return path.with_name(f".{path.name}{WRITING}")
+    return path.with_name(f".{path.name}{writer}{WRITING}")
 
 
 def _reach(point: str | None, end: str) -> None:

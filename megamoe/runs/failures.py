@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -94,7 +95,9 @@ def write_failure(run_dir: str | os.PathLike[str], attempt: int, failure: RankFa
         if not Path(run_dir).is_dir():
             return False
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(rank_file(folder, failure.rank, ".json"), json.dumps(tree, indent=1).encode())
+        # All peers of a dead rank write what they know of it, in the same moment.
+        writer = f".{secrets.token_hex(8)}"
+        replace_file(rank_file(folder, failure.rank, ".json"), json.dumps(tree, indent=1).encode(), writer=writer)
     except OSError:  # the disk may be what failed
         return False
     return True

@@ -34,7 +34,7 @@ from megamoe.watchdog.server import Server
 from megamoe.watchdog.stacks import StackFile
 from megamoe.watchdog.watch import Settings, Watch
 
-VERDICT_WAIT_SECONDS = 2.5  # what a rank whose peer is lost waits to hear who it was; below the launcher's patience
+VERDICT_WAIT_SECONDS = 5.0  # what a rank whose peer is lost waits to hear who it was; below the launcher's patience
 RANKS_PER_POLL = 256  # of more ranks each is heard less often: rank 0 has other work, too
 MAX_POLL_SECONDS = 4.0
 RECORD_SECONDS = 4.0  # of a rank that is ended, for its files

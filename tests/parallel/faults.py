@@ -20,8 +20,9 @@ from megamoe.launch.environment import node_name
 from megamoe.launch.local import LocalResult, RankServer
 from megamoe.runs.attempts import current_attempt
 from megamoe.runs.events import read_events
-from megamoe.runs.failures import conclude, first_failure
+from megamoe.runs.failures import conclude, first_failure, read_failures
 from megamoe.runs.run_folder import resumable_checkpoints, step_of
+from megamoe.train_start import GRACE_SECONDS
 
 PHASES = ("data", "forward", "all_to_all", "backward", "reduce", "update", "save", "validate")
 HANGS = ("sleep", "stop", "gil")
@@ -101,7 +102,7 @@ class Launches:
             payload["fault"] = vars(fault) | {"num_steps": 1, "sprung": str(sprung)}
         result = self.server.run(
             "tests.parallel.fault_ranks:run", payload, num_ranks=self.num_ranks, captured_ranks=range(self.num_ranks),
-            timeout_seconds=LAUNCH_SECONDS, grace_seconds=3.0,
+            timeout_seconds=LAUNCH_SECONDS, grace_seconds=GRACE_SECONDS,
         )  # fmt: skip
         self.seconds = time.time() - float(sprung.read_text()) if sprung.exists() else None
         if result.failure is not None:
@@ -144,12 +145,13 @@ def check(launches: Launches, fault: Fault) -> str:
         assert result.failure.rank == fault.rank, f"{fault}: {report}"
     else:
         check_hang(launches, fault, result, attempt, step)
-    assert event["step"] <= step + 1, f"{fault}: in step {step}: {event}"
+    records = [(each.rank, each.kind, each.step, each.message) for each in read_failures(launches.run_dir, attempt)]
+    where = f"{fault}: after {launches.seconds:.1f} s in step {step}: {event} {records}"
+    assert event["step"] is not None and event["step"] <= step + 1, where
     if fault.kind in ("kill", "exit"):  # where these were is known up to the last heartbeat, which may be steps ago
-        assert event["phase"], f"{fault}: {event}"
+        assert event["phase"], where
     else:
-        assert step <= event["step"], f"{fault}: in step {step}: {event}"
-        assert event["phase"] == fault.phase, f"{fault}: {event}"
+        assert step <= event["step"] and event["phase"] == fault.phase, where
     return report
 
 

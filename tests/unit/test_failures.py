@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 
 import pytest
 
@@ -89,6 +90,20 @@ def test_what_is_written_is_read_and_damage_is_passed_over(tmp_path):
     assert read.traceback.endswith("the end") and len(read.traceback) == 8_000
     assert (read.message, read.step, read.phase) == (whole.message, 7, "data")
     assert read.sentence == f"rank 2 on {node_name()} failed first in step 7 (data): data/text.bin is missing"
+
+
+def test_peers_of_a_dead_rank_may_all_write_of_it_in_the_same_moment(tmp_path, monkeypatch):
+    sync, others = os.fsync, [failure(1, 1.0, kind="died", step=5), failure(1, 1.5, kind="died", step=5)]
+
+    def sync_late(descriptor: int) -> None:  # one peer is in the middle of its file, another begins and ends
+        if others:
+            write(tmp_path, others.pop())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_late)
+    write(tmp_path, failure(1, 1.123456789, kind="died", step=5, host="a name that is longer"))
+    assert not others and [(each.rank, each.step) for each in read_failures(tmp_path, 1)] == [(1, 5)]
+    assert [path.name for path in (tmp_path / "failures/attempt_0001").iterdir()] == ["rank_00001.json"]
 
 
 def test_kinds_of_errors(tmp_path):
