@@ -23,6 +23,7 @@ from megamoe.generate_commands import add_generate_commands
 from megamoe.plan_commands import add_plan_commands
 from megamoe.preflight_commands import add_preflight_commands
 from megamoe.prime_commands import add_prime_commands
+from megamoe.printing import printing
 from megamoe.report_commands import add_report_commands
 from megamoe.study_commands import add_study_commands
 from megamoe.submit_commands import add_submit_commands
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     try:
         exit_code = options.command(options)
-        sys.stdout.flush()
+        with printing():
+            sys.stdout.flush()
         return exit_code
     except MegamoeError as error:
         print(f"megamoe: {'error: ' if error.is_failure else ''}{error}", file=sys.stderr)

@@ -70,16 +70,16 @@ def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> A
     if options.prompts == "-" and rank_environment().world_size > 1:
         raise ConfigError("--prompts - reads one input, which a launcher's ranks share: put the prompts into a file")
     if options.out is not None and rank_environment().rank == 0:
-        _check_writable(Path(options.out))
-    texts = options.prompt or _read(options.prompts)
+        _check_writable(Path(options.out), options.prompts)
+    texts = _given(options.prompt) if options.prompt else _read(options.prompts)
     config = forward_config(checkpoint, options.overrides, num_ranks=num_ranks)
     tokenizer = tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
     context = config.model.seq_length
     prompts = []
-    for number, text in enumerate(texts):
+    for where, text in texts:
         ids = tokenizer.encode(text) or [tokenizer.end_of_document_id]
         if len(ids) >= context:
-            raise ConfigError(f"prompt {number} has {len(ids)} tokens: the model continues up to {context - 1}")
+            raise ConfigError(f"{where}: the prompt has {len(ids)} tokens: the model continues up to {context - 1}")
         prompts.append({"text": text, "ids": ids})
     ends = [] if options.ignore_end else [tokenizer.end_of_document_id]
     return config, {
@@ -89,10 +89,12 @@ def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> A
     }  # fmt: skip
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: Path, prompts: str | None) -> None:
     """Before a model is loaded, and without touching what stands there. Raises OutputError."""
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise OutputError(f"{out} cannot be written: give --out a file in a folder that is there and not read-only")
+    if prompts is not None and out.exists() and Path(prompts).exists() and out.samefile(prompts):
+        raise OutputError(f"{out} holds the prompts, whose place the texts would take: give --out another file")
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -102,18 +104,28 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {"temperature": made.temperature, "top_k": made.top_k, "top_p": made.top_p, "seed": made.seed}
 
 
-def _read(name: str) -> list[str]:
-    """The prompts of a file. Raises DataError naming the line that is none."""
+def _given(texts: list[str]) -> list[tuple[str, str]]:
+    """(where, prompt) of the command line. Raises DataError for one whose bytes are no text."""
+    from megamoe.data.json_text import check_text
+
+    named = [(f"--prompt {number}", text) for number, text in enumerate(texts, start=1)]
+    for where, text in named:
+        check_text(where, "prompt", text)
+    return named
+
+
+def _read(name: str) -> list[tuple[str, str]]:
+    """(where, prompt) of each in a file. Raises DataError naming the line that is none."""
     from megamoe.data.json_text import json_object, text_of
 
     try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+        content = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name} cannot be read as text: {error}") from None
-    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    lines = [(f"{name}, line {number}", line) for number, line in enumerate(content.split("\n"), start=1)]
+    lines = [(where, line.removesuffix("\r")) for where, line in lines if line.strip()]
     if not lines:
         raise DataError(f"{name} holds no prompt")
     if not lines[0][1].lstrip().startswith("{"):
-        return [line for _, line in lines]
-    objects = [(f"{name}, line {number}", line) for number, line in lines]
-    return [text_of(where, json_object(where, line), "prompt") for where, line in objects]
+        return lines
+    return [(where, text_of(where, json_object(where, line), "prompt")) for where, line in lines]

@@ -22,5 +22,8 @@ class Sampling:
             raise ConfigError(f"top-k {self.top_k} is impossible: use 1 or more, or 0 for all tokens")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top-p {self.top_p} is impossible: use more than 0 and at most 1")
+        if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
+            name = "top-k" if self.top_k else "top-p"
+            raise ConfigError(f"{name} says how tokens are drawn, and temperature 0 draws none: give one above 0")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed {self.seed} is impossible: use a whole number from 0 to 2**64 - 1")

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +17,7 @@ from megamoe.config.schema import Config
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer
 from megamoe.generation.loop import Limits, Text, generate
 from megamoe.generation.settings import Sampling
+from megamoe.printing import printing
 
 
 def run_rank(payload: Mapping[str, Any]) -> None:
@@ -77,8 +78,9 @@ def _output(path: str | None) -> Iterator[TextIO]:
 
 
 def _writing(path: str | None) -> AbstractContextManager[None]:
-    """Errors of a file are the user's to mend; those of stdout, such as a reader that has seen enough, pass."""
-    return nullcontext() if path is None else writing(Path(path), goes_on=False)
+    if path is None:
+        return printing(is_alone=dist.get_world_size() == 1)
+    return writing(Path(path), goes_on=False)
 
 
 def result_of(prompt: str, text: Text, tokenizer: Tokenizer) -> dict[str, Any]:

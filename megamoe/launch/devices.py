@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Literal
@@ -72,5 +73,6 @@ def settle_device(
         return
     num_gpus = num_visible_gpus(env)
     if num_gpus and setting == "auto" and environment.rank == 0:
-        print(f"{num_local_ranks} ranks share this machine, which shows {num_gpus} GPUs: running on the CPU")
+        note = f"{num_local_ranks} ranks share this machine, which shows {num_gpus} GPUs: running on the CPU"
+        print(note, file=sys.stderr)  # stdout may be JSON
     hide_gpus(env)

@@ -20,7 +20,7 @@ from megamoe.checkpoint.slices import STORAGE, Slice
 from megamoe.errors import CheckpointError
 from megamoe.model.random import random_state, reseed_generators, restore_random_state
 from megamoe.topology.parameters import HEAD, Parameter, param_table
-from megamoe.training.agreement import first_message
+from megamoe.training.agreement import first_message, first_ranks_numbers
 from megamoe.training.checkpoint_state import changed_settings, check_same_model
 from megamoe.training.host_copy import as_bytes
 from megamoe.training.optimizer_state import set_num_optimizer_steps
@@ -177,8 +177,16 @@ def _present(checkpoint: Checkpoint, pieces: Sequence[Piece], folder: Path) -> t
 
 
 def _open(holder: WeightHolder, folder: Path) -> Checkpoint:
+    """The same checkpoint on all ranks. Raises CheckpointError where one of them was given another one."""
     found: list[Checkpoint] = []
     _together(holder, lambda: found.append(Checkpoint.open(folder)))
+    manifest, message = found[0].manifest, None
+    if [manifest.fingerprint] != first_ranks_numbers([manifest.fingerprint], device=holder.device):
+        message = f"{folder}, step {manifest.step}, is another checkpoint on rank {dist.get_rank()} than on the first"
+    told = first_message(message, groups=holder.groups, device=holder.device)
+    if told is not None:
+        found[0].close()
+        raise CheckpointError(f"{told[1]}: name a checkpoint's own folder, not a run that is still training")
     return found[0]
 
 

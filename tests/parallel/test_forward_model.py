@@ -3,15 +3,20 @@
 One launch for each number of ranks goes through all models and layouts.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megamoe.errors import CheckpointError
 from megamoe.inference.model import ForwardModel
 from megamoe.inference.rows import TokenRows
-from tests.parallel.forward_worlds import both_sides, model_of
+from megamoe.inference.settings import forward_config
+from megamoe.launch.environment import rank_environment
+from tests.harness import run_ranks
+from tests.parallel.forward_worlds import both_sides, checkpoint_of, forward_model, make_model, model_of
 from tests.parallel.worlds import parallel
 from tests.unit.convert_cases import VOCAB
 
@@ -145,3 +150,28 @@ def test_losses_and_continuations_are_those_of_transformers(model, size, layout,
             close(ours["parts"][number, i, :count], logits[number, i, start : start + count])
     close(ours["branches"].reshape(12, 3), torch.stack(expected["branches"]))
     assert ours["drawn"] == expected["drawn"]
+
+
+def told_of(root: str, name: str) -> str:
+    """What ranks hear of which the second opens `name` where the first opens the first model."""
+    checkpoint = checkpoint_of(Path(root) / (name if rank_environment().rank else "first"), "llama")
+    try:
+        with forward_model(forward_config(checkpoint, parallel(tp=2), num_ranks=2), checkpoint):
+            return "nothing"
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_ranks_that_were_given_different_checkpoints_are_refused(tmp_path, monkeypatch):
+    """As those of a launcher may be, where each looks for the newest checkpoint of a run that is still training."""
+    for name in ("first", "copy"):
+        make_model(tmp_path / name, "llama")
+    seed_with = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seed_with(seed + 1))
+    make_model(tmp_path / "other", "llama")
+    assert run_ranks(told_of, 2, str(tmp_path), "copy", init=False) == ["nothing"] * 2, "saved apart, but the same"
+    path = checkpoint_of(tmp_path / "other", "llama")
+    assert run_ranks(told_of, 2, str(tmp_path), "other", init=False) == [
+        f"{path}, step 0, is another checkpoint on rank 1 than on the first: name a checkpoint's own folder, not a run "
+        "that is still training"
+    ] * 2

@@ -232,7 +232,7 @@ def test_train_starts_local_ranks(monkeypatch):
 
     monkeypatch.setattr(local, "run_local", run_local)
     assert cli.main([*TRAIN[:2], "--local-ranks", "2", *TRAIN[2:]]) == 7
-    options = {"num_ranks": 2, "preload": ("megamoe.training.main",), "timeout_seconds": None, "grace_seconds": 3.0}
+    options = {"num_ranks": 2, "preload": ("megamoe.training.main",), "timeout_seconds": None, "grace_seconds": 6.0}
     options["stop_seconds"] = Config().parallel.timeout_seconds + Config().checkpoint.save_timeout_seconds
     assert calls == [("megamoe.training.main:run_rank", 60, options)]
 

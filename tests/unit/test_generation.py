@@ -13,6 +13,7 @@ from megamoe.generate_commands import _read
 from megamoe.generation.choosing import NO_TOKEN, choose, uniform
 from megamoe.generation.settings import Sampling
 from megamoe.inference import settings as settings_module
+from tests.unit import attempt_cases
 from tests.unit.attempt_cases import save_checkpoint
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -torch.inf, 0.0])
@@ -97,6 +98,8 @@ def test_a_draw_is_the_texts_own():
         ({"top_k": -1}, "top-k -1 is impossible: use 1 or more, or 0 for all tokens"),
         ({"top_p": 0.0}, "top-p 0.0 is impossible: use more than 0 and at most 1"),
         ({"top_p": 1.5}, "top-p 1.5 is impossible: use more than 0 and at most 1"),
+        ({"top_k": 5}, "top-k says how tokens are drawn, and temperature 0 draws none: give one above 0"),
+        ({"top_p": 0.5}, "top-p says how tokens are drawn, and temperature 0 draws none: give one above 0"),
         ({"seed": -1}, "seed -1 is impossible: use a whole number from 0 to 2**64 - 1"),
     ],
 )
@@ -106,16 +109,31 @@ def test_impossible_settings(settings, message):
     assert str(raised.value) == message
 
 
+def _texts(path) -> list[str]:
+    return [text for _, text in _read(str(path))]
+
+
+def _type_in(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="surrogateescape"))
+
+
 def test_prompts_of_a_file(tmp_path, monkeypatch):
     path = tmp_path / "prompts"
     path.write_text("one\n\n two \n")
-    assert _read(str(path)) == ["one", " two "]
+    assert _read(str(path)) == [(f"{path}, line 1", "one"), (f"{path}, line 3", " two ")]
+    path.write_bytes(b"one\r\ntwo\r\n")
+    assert _texts(path) == ["one", "two"]
     path.write_text(json.dumps({"prompt": "a\nb", "more": 1}) + "\n\n" + json.dumps({"prompt": ""}) + "\n")
-    assert _read(str(path)) == ["a\nb", ""]
+    assert _texts(path) == ["a\nb", ""]
     path.write_text("\ufeff" + json.dumps({"prompt": "after a mark"}) + "\n")
-    assert _read(str(path)) == ["after a mark"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("from stdin\n"))
-    assert _read("-") == ["from stdin"]
+    assert _texts(path) == ["after a mark"]
+    path.write_text(json.dumps({"prompt": "one\u2028line"}, ensure_ascii=False) + "\n")
+    assert _texts(path) == ["one\u2028line"]
+    _type_in(monkeypatch, "fröm stdin\n".encode())
+    assert _read("-") == [("-, line 1", "fröm stdin")]
+    _type_in(monkeypatch, b"caf\xe9\n")  # Python would let it pass in some locales, as what cannot be written again
+    with pytest.raises(DataError, match=r"^- cannot be read as text: 'utf-8' codec can't decode byte 0xe9 "):
+        _read("-")
     for content, message in (
         ("", f"{path} holds no prompt"),
         ('{"prompt": "x"}\n{"text": "x"}', f"{path}, line 2: no key 'prompt' (keys here: text)"),
@@ -129,6 +147,32 @@ def test_prompts_of_a_file(tmp_path, monkeypatch):
         assert str(raised.value) == message
     with pytest.raises(DataError, match=r"^/none/there cannot be read as text: "):
         _read("/none/there")
+
+
+def test_prompts_that_the_model_cannot_take_are_named(tmp_path, capsys, monkeypatch):
+    model = attempt_cases.TINY.model.model_copy(update={"vocab_size": 260, "vocab_size_multiple": 4, "seq_length": 16})
+    monkeypatch.setattr(attempt_cases, "TINY", attempt_cases.TINY.model_copy(update={"model": model}))
+    save_checkpoint(tmp_path, 1)
+    (tmp_path / "prompts").write_text("x\n\n" + "y" * 30 + "\n")
+    for words, where in (
+        (["--prompt", "x", "--prompt", "caf\udce9"], "--prompt 2: 'prompt' holds a lone surrogate at character 3"),
+        (["--prompts", str(tmp_path / "prompts")], f"{tmp_path / 'prompts'}, line 3: the prompt has 30 tokens: "),
+    ):
+        assert main(["generate", str(tmp_path), *words]) == 2
+        assert capsys.readouterr().err.startswith(f"megamoe: error: {where}")
+
+
+def test_the_prompts_are_not_written_over(tmp_path, capsys):
+    save_checkpoint(tmp_path, 1)
+    path = tmp_path / "prompts"
+    path.write_text("x\n")
+    (tmp_path / "link").symlink_to(path)
+    for out in (path, tmp_path / "link"):
+        assert main(["generate", str(tmp_path), "--prompts", str(path), "--out", str(out)]) == 2
+        assert capsys.readouterr().err == (
+            f"megamoe: error: {out} holds the prompts, whose place the texts would take: give --out another file\n"
+        )
+    assert path.read_text() == "x\n"
 
 
 def test_what_is_no_model_is_refused(tmp_path, capsys):
