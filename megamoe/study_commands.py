@@ -47,7 +47,7 @@ def add_study_commands(commands: Any) -> None:
     parser.add_argument("--only", metavar="NAME", action="append", help="train this model or run; may be repeated")
     parser.add_argument("--local-ranks", type=positive, metavar="N", help="ranks of this machine for each run")
     parser.add_argument("--cluster", metavar="NAME|FILE", help="with --plan: whose time is told; cpu: this machine")
-    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="with --plan: for one run (default: 1)")
+    parser.add_argument("--gpus", type=positive, metavar="N", help="with --plan: for one run (default: 1)")
     parser.add_argument("--json", action="store_true", help="with --plan: print one JSON object")
 
 
@@ -60,8 +60,10 @@ def _study(options: argparse.Namespace) -> int:
     study = read_study(options.study).model_copy(update={key: value for key, value in changes.items() if value})
     runs = study_runs(study, str(options.study))
     chosen = _chosen(runs, options.only)
-    if (options.cluster or options.json) and not options.plan:
-        options.parser.error("--cluster and --json go with --plan")
+    if (options.cluster or options.json or options.gpus) and not options.plan:
+        options.parser.error("--cluster, --gpus and --json go with --plan")
+    if options.only and (options.plan or options.report_only or options.no_train):
+        options.parser.error("--only says what is trained: it goes with none of --plan, --report-only, --no-train")
     if options.plan:
         return _plan(options, study, runs)
     for run in runs:
@@ -69,8 +71,15 @@ def _study(options: argparse.Namespace) -> int:
     if not options.report_only:
         check_evaluation(runs, study, study.folder)
     if options.submit is not None:
-        return _submit(shlex.split(options.submit), study, chosen)
+        return _submit(_words(options.submit), study, chosen)
     return _carry_out(options, study, runs, chosen)
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--submit is {text!r}: {error}; write options as in a shell") from None
 
 
 def _chosen(runs: "tuple[StudyRun, ...]", names: list[str] | None) -> "tuple[StudyRun, ...]":
@@ -87,14 +96,15 @@ def _chosen(runs: "tuple[StudyRun, ...]", names: list[str] | None) -> "tuple[Stu
 def _plan(options: argparse.Namespace, study: "StudySettings", runs: "tuple[StudyRun, ...]") -> int:
     from megamoe.study.forecast import THIS_MACHINE, forecast, forecast_text, forecast_tree
 
-    found = forecast(study, runs, cluster_name=options.cluster, num_gpus=options.gpus)
+    num_gpus = options.gpus or 1
+    found = forecast(study, runs, cluster_name=options.cluster, num_gpus=num_gpus)
     if options.json:
         print(json.dumps(forecast_tree(study, found, runs), indent=2))
         return 0
-    gpus = f"{options.gpus} rank{'s' if options.gpus > 1 else ''}"
-    where = f"on {gpus} of {options.cluster}"
+    gpus = f"on {num_gpus} rank{'s' if num_gpus > 1 else ''}"
+    where = "as measured" if options.cluster is None else f"{gpus} of {options.cluster}"
     if options.cluster == THIS_MACHINE:
-        where = f"on {gpus} of this machine, at one thread each and as busy as it is now"
+        where = f"{gpus} of this machine, at one thread each and as busy as it is now"
     print(forecast_text(study, found, runs, where=where), end="")
     return 0
 
@@ -103,12 +113,14 @@ def _submit(words: list[str], study: "StudySettings", chosen: "tuple[StudyRun, .
     """One array of what is not complete, by `megamoe submit`, which checks everything and tells what it did."""
     from megamoe.study.processes import run_here
     from megamoe.study.states import is_trained
+    from megamoe.study.texts import check_texts
     from megamoe.study.training import write_config
 
     waiting = [run for run in chosen if not is_trained(run)]
     if not waiting:
         print(f"all {len(chosen)} runs are trained: nothing to submit")
         return 0
+    check_texts(waiting, study.folder)
     return run_here(["submit", *(str(write_config(run, study.folder)) for run in waiting), *words])
 
 
@@ -117,6 +129,8 @@ def _carry_out(
 ) -> int:
     from megamoe.study.lock import study_lock
     from megamoe.study.scoring import score_runs
+    from megamoe.study.states import is_trained
+    from megamoe.study.texts import check_texts
     from megamoe.study.training import train_runs
     from megamoe.study.write import write_study
 
@@ -124,6 +138,7 @@ def _carry_out(
         failures = []
         if not options.report_only:
             if not options.no_train:
+                check_texts([run for run in chosen if not is_trained(run)], study.folder)
                 failures += train_runs(
                     runs, chosen, study.folder, local_ranks=study.local_ranks, held=(lock,)
                 )

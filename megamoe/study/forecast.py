@@ -7,7 +7,7 @@ from typing import Any
 from megamoe.errors import DataError, MegamoeError
 from megamoe.plan.cluster import Cluster, load_cluster
 from megamoe.plan.lifetime import checkpoint_bytes
-from megamoe.plan.plan import make_plan
+from megamoe.plan.plan import Plan, make_plan
 from megamoe.report.values import bytes_text, count_text, duration
 from megamoe.study.ladder import StudyRun
 from megamoe.study.schema import StudySettings
@@ -30,6 +30,7 @@ class Forecast:
     model_flops: float
     seconds: float | None  # of training steps; None: no cluster was named
     is_measured: bool  # of runs that are complete, not planned
+    missing_bytes: int  # of memory, on the fullest GPU of the cluster; 0: it fits, or none was named
     disk_bytes: int  # of all its seeds' checkpoints
 
     def all_seeds(self, value: float) -> float:
@@ -47,18 +48,26 @@ def forecast(
         first, last = own[0], own[0].config.run.num_steps
         measured = [costs_of(run, (last,))[last].seconds for run in own if is_trained(run)]
         seconds = [value for value in measured if value is not None]
-        planned = None
+        planned, missing_bytes = None, 0
         if cluster is not None and not seconds:
-            planned = make_plan(first.config, cluster, num_gpus).step.seconds * last
+            plan = _plan(first, cluster, num_gpus)
+            planned, missing_bytes = plan.step.seconds * last, max(0, -plan.free_bytes)
         found.append(
             Forecast(
                 model.name, model.family, len(own), first.num_parameters, first.num_active_parameters,
                 first.paper_flops(first.num_tokens, study.analysis.compute_vocab_size),
                 first.model_flops(first.num_tokens), sum(seconds) / len(seconds) if seconds else planned, bool(seconds),
-                len(own) * _num_saved(first) * checkpoint_bytes(first.config),
+                missing_bytes, len(own) * _num_saved(first) * checkpoint_bytes(first.config),
             )
         )  # fmt: skip
     return found
+
+
+def _plan(run: StudyRun, cluster: Cluster, num_gpus: int) -> Plan:
+    try:
+        return make_plan(run.config, cluster, num_gpus)
+    except MegamoeError as error:
+        raise type(error)(f"model {run.model.name}: {error}") from None
 
 
 def _cluster(name: str, num_gpus: int) -> Cluster:
@@ -138,6 +147,12 @@ def forecast_text(
         f"{total['model_flops']:.3g} of the models alone, {bytes_text(total['disk_bytes'])} of checkpoints",
         _formula(study),
     ]
+    for each in forecasts:
+        if each.missing_bytes:
+            lines.append(
+                f"{each.model} DOES NOT FIT: {bytes_text(each.missing_bytes)} of memory are missing; megamoe plan on its "
+                "configuration says what would help"
+            )
     if seconds is not None:
         measured = " (* measured)" if any(each.is_measured for each in forecasts) else ""
         lines.append(f"time of training steps {where}: {duration(seconds)}{measured}; starts, saves, evaluation apart")

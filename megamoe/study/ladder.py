@@ -36,7 +36,7 @@ _OWN = (
 # each of those steps.
 _MOST_SAVES, _MOST_SAVES_EACH = 64, 4
 # What changes no number that a study compares.
-_FREE = ("run.dir", "run.device", "monitor.", "watchdog.", "preflight.", "restart.", "checkpoint.", "data.tokenizer.")
+_FREE = ("run.dir", "run.device", "monitor.", "watchdog.", "preflight.", "restart.", "checkpoint.", "data.tokenizer")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def study_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another folder with --out") from None
     try:
         until = time.monotonic() + wait_seconds
-        while not _taken(descriptor):
+        while not _taken(descriptor, folder):
             if time.monotonic() >= until:
                 raise ConfigError(f"another process works on the study in {folder}: wait for it, or end it first")
             time.sleep(0.2)
@@ -35,9 +35,14 @@ def study_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[
         os.close(descriptor)
 
 
-def _taken(descriptor: int) -> bool:
+def _taken(descriptor: int, folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be locked ({error.strerror}), so that two commands could train there at once: choose a "
+            "folder on a disk that can with --out (Lustre can when it is mounted with -o flock)"
+        ) from None
     return True

@@ -70,6 +70,9 @@ def read_study(path: Path) -> StudySettings:
     """The settings of a YAML file. Raises ConfigError, one sentence: which key, where, what would be valid."""
     where = str(path)
     study = checked_settings(StudySettings, read_settings(path), where)
+    if study.dir == "" or (study.dir is None and not study.name.strip(".")):
+        key, value = ("dir", "") if study.dir == "" else ("name", study.name)
+        raise ConfigError(f'{key} is "{value}" in {where}: name a folder of the study\'s own, as runs/{path.stem} is')
     names = [model.name for model in study.models]
     for name in names:
         if names.count(name) > 1:
@@ -86,4 +89,7 @@ def read_study(path: Path) -> StudySettings:
                 f'analysis.{key} is "{family}" in {where}, but no model is of that family: the families are '
                 f"{', '.join(families)}"
             )
+    if study.analysis.baseline == study.analysis.compared:
+        family = study.analysis.compared
+        raise ConfigError(f'analysis.compared is "{family}" in {where}, as baseline is: name another family')
     return study
