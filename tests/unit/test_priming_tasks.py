@@ -119,7 +119,7 @@ def test_lines_that_do_not_fit_are_named(tmp_path):
         '/t.jsonl, line 1: field "a" is "0", which is no choice; valid: 1, 2'
     )
     assert refusal(tmp_path, [1]) == head + "a JSON list where an object is expected"
-    assert refusal(tmp_path, line | {"c": ["x", "\ud800"]}) == head + "'c' holds a lone surrogate at character 0"
+    assert refusal(tmp_path, line | {"c": ["x", "\ud800"]}) == head + "'c.1' holds a lone surrogate at character 0"
     assert refusal(tmp_path, line, text="{q|fill:_}") == '/t.jsonl, line 1: field "q" has no "_" to fill'
     right = {"label": {"field": "a", "kind": "texts"}}
     write_lines(tmp_path / "t.jsonl", line | {"a": ["z"]})
@@ -127,6 +127,20 @@ def test_lines_that_do_not_fit_are_named(tmp_path):
         load_examples(parse_task(yaml.safe_dump(TASK | right), "t.yaml"), tmp_path)
     (tmp_path / "t.jsonl").write_text('{"q": 1\n')
     with pytest.raises(DataError, match="line 1: no valid JSON"):
+        load_examples(parse_task(yaml.safe_dump(TASK), "t.yaml"), tmp_path)
+
+
+def test_half_a_surrogate_pair_is_named_however_deep_it_lies(tmp_path):
+    question = {"choices": [{"text": "x"}, {"text": "a\ud800"}]}
+    assert refusal(tmp_path, {"q": "Q", "c": question, "a": 0}) == (
+        "/t.jsonl, line 2: 'c.choices.1.text' holds a lone surrogate at character 1"
+    )
+    write_lines(tmp_path / "ReCoRD/val.jsonl", RECORD | {"passage": {"text": "Ann\udfff", "entities": []}})
+    with pytest.raises(DataError, match=r"line 1: 'passage.text' holds a lone surrogate at character 3"):
+        load_examples(*load_task("record", tmp_path))
+    # As deep as JSON is read: what looks for the texts must not give up before.
+    (tmp_path / "t.jsonl").write_text('{"q": ' + "[" * 900 + '"\\ud800"' + "]" * 900 + "}\n")
+    with pytest.raises(DataError, match=r"line 1: 'q(\.0)+' holds a lone surrogate at character 0"):
         load_examples(parse_task(yaml.safe_dump(TASK), "t.yaml"), tmp_path)
 
 
