@@ -95,6 +95,8 @@ class Task(Section):
             for key, value in ends.items():
                 if value is not None and not Template.parse(value).ends_with_choice:
                     raise ValueError(f"score: {self.score} needs {key} to end with {{choice}}, and to hold it once")
+        if self.metrics == "record" and self.label.kind != "texts":
+            raise ValueError("metrics: record compares with the answers that label: {kind: texts} names, and needs it")
         return self
 
 

@@ -14,7 +14,7 @@ from megamoe.priming.results import Part, check_writable, parts_path, read_parts
 from megamoe.priming.settings import parse_shots
 from megamoe.priming.tasks import parse_task
 
-TASK = "{name: t, data: {file: f}, text: '{q} {choice}', choices: c, label: {field: a}, metrics: %s}"
+TASK = "{name: t, data: {file: f}, text: '{q} {choice}', choices: c, label: {field: a, kind: texts}, metrics: %s}"
 
 
 def prompt(*counts):

@@ -194,6 +194,9 @@ def test_task_files_are_checked():
     assert task_refusal(label={"field": "a", "kind": "key"}).endswith(
         "label: keys: is given with kind: key, and only with it"
     )
+    assert task_refusal(metrics="record") == (
+        "t.yaml: metrics: record compares with the answers that label: {kind: texts} names, and needs it"
+    )
     assert "mean_after_prefix" in task_refusal(score="best")
     with pytest.raises(ConfigError, match=r"t.yaml is no task: it must hold keys such as name"):
         parse_task("[1]", "t.yaml")
