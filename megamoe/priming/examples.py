@@ -62,7 +62,7 @@ def _example(task: Task, line: Line) -> Example:
     texts = tuple(_tidy(rendered.replace(CHOICE, choice), task) for choice in choices)
     unconditional = None
     if task.unconditional is not None:
-        unconditional = Template.parse(task.unconditional).render(line.fields).partition(CHOICE)[0]
+        unconditional = _tidy(Template.parse(task.unconditional).render(line.fields).partition(CHOICE)[0], task)
     answers = texts_of(line.fields, task.label.field) if task.label.kind == "texts" else ()
     return Example(line.where, choices, texts, _tidy(before, task), correct, unconditional, answers)
 
@@ -72,7 +72,7 @@ def _choices(task: Task, line: Line) -> tuple[str, ...]:
         found = texts_of(line.fields, task.choices)
     else:
         found = tuple(Template.parse(each).render(line.fields) for each in task.choices)
-    choices = tuple(each.strip() for each in found)
+    choices = tuple(_tidy(each.strip(), task) for each in found)
     if len(choices) < 2:
         raise FieldError(f"{len(choices)} choices: two are needed at least")
     if not all(choices):
