@@ -83,7 +83,8 @@ class Task(Section):
             if len(value) < 2:
                 raise ValueError("needs two templates at least")
             for each in value:
-                Template.parse(each)
+                if Template.parse(each).has_choice:
+                    raise ValueError(f'"{each}" is a choice itself: it takes neither {{choice}} nor |fill:MARK')
         return value
 
     @model_validator(mode="after")

@@ -184,6 +184,15 @@ def test_task_files_are_checked():
         't.yaml: text: "{q|upper} {choice}" has an unknown filter "upper"; valid: capitalize, strip, drop:TEXT, '
         "fill:MARK"
     )
+    assert task_refusal(text="{q} { choice |capitalize}") == (
+        't.yaml: text: "{q} { choice |capitalize}" has a filter on {choice}, which takes none'
+    )
+    for each in ("{choice}", "{q|fill:_}"):
+        assert task_refusal(choices=["x", each]) == (
+            f't.yaml: choices: "{each}" is a choice itself: it takes neither {{choice}} nor |fill:MARK'
+        )
+    for changes in ({"text": "\0 {choice}"}, {"choices": ["x", "\0"]}):
+        assert task_refusal(**changes).endswith("holds a NUL character")
     assert task_refusal(score="sum_of_choice", text="{choice}.") == (
         "t.yaml: score: sum_of_choice needs text to end with {choice}, and to hold it once"
     )
