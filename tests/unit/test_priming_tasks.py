@@ -174,7 +174,16 @@ def test_a_quote_that_is_left_open_is_named_with_its_line(tmp_path):
 
 
 def test_task_files_are_checked():
-    assert task_refusal(nme=1).startswith("t.yaml: nme: is no key of a task; valid: name, about, data, train, text, ")
+    assert task_refusal(nme=1) == 'unknown key "nme" in t.yaml: did you mean "name"?'
+    assert task_refusal(zzz=1).startswith(
+        'unknown key "zzz" in t.yaml: the keys are name, about, data, train, text, choices, label, '
+    )
+    assert task_refusal(label={"field": "a", "kidn": "key"}) == (
+        'unknown key "label.kidn" in t.yaml: did you mean "label.kind"?'
+    )
+    assert task_refusal(train={"file": "f", "split": "x"}) == (
+        'unknown key "train.split" in t.yaml: train has file, format, labels'
+    )
     assert task_refusal(text="{q}") == (
         't.yaml: text: "{q}" has no place for the choice: {choice}, or a field with |fill:MARK'
     )
@@ -209,8 +218,17 @@ def test_task_files_are_checked():
     assert "mean_after_prefix" in task_refusal(score="best")
     with pytest.raises(ConfigError, match=r"t.yaml is no task: it must hold keys such as name"):
         parse_task("[1]", "t.yaml")
-    with pytest.raises(ConfigError, match=r"t.yaml is no valid YAML"):
+    with pytest.raises(ConfigError, match=r"cannot read t.yaml, line 1: "):
         parse_task("a: [", "t.yaml")
+
+
+def test_task_files_are_read_as_configurations_are():
+    text = json.dumps(TASK)
+    with pytest.raises(ConfigError, match=r'^cannot read t.yaml, line 1: key "text" is given twice$'):
+        parse_task(text.replace('"choices"', '"text": "{choice}", "choices"'), "t.yaml")
+    with pytest.raises(ConfigError, match=r'^cannot read t.yaml, line 1: key "file" is given twice$'):
+        parse_task(text.replace('"file"', '"file": "f", "file"'), "t.yaml")
+    assert parse_task(yaml.safe_dump(TASK) + "about: 2020-13-45\n", "t.yaml").about == "2020-13-45"
 
 
 def test_tasks_are_found_by_file_or_name(tmp_path):
