@@ -83,14 +83,14 @@ def _choices(task: Task, line: Line) -> tuple[str, ...]:
 def _correct(task: Task, line: Line, choices: Sequence[str]) -> frozenset[int]:
     label = task.label
     if label.kind == "texts":
-        wanted = set(texts_of(line.fields, label.field))
+        wanted = {_tidy(each.strip(), task) for each in texts_of(line.fields, label.field)}
         found = frozenset(i for i, choice in enumerate(choices) if choice in wanted)
         if not found:
             raise FieldError(f'none of field "{label.field}" is among the choices')
         return found
     value = text_of(lookup(line.fields, label.field), label.field).strip()
     if label.kind == "key":
-        keys = texts_of(line.fields, label.keys or "")
+        keys = [key.strip() for key in texts_of(line.fields, label.keys or "")]
         valid = {key: place for place, key in enumerate(keys)}
     else:
         first = 1 if label.kind == "number" else 0

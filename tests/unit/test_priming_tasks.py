@@ -130,6 +130,15 @@ def test_lines_that_do_not_fit_are_named(tmp_path):
         load_examples(parse_task(yaml.safe_dump(TASK), "t.yaml"), tmp_path)
 
 
+def test_labels_and_what_they_are_compared_with_lose_the_same_spaces(tmp_path):
+    line = {"q": "Q", "c": [" foo ", "ba  r"], "keys": ["A", " B "]}
+    for kind, answer in (({"kind": "texts"}, ["ba  r "]), ({"kind": "key", "keys": "keys"}, " B")):
+        write_lines(tmp_path / "t.jsonl", line | {"a": answer})
+        task = parse_task(yaml.safe_dump(TASK | {"label": {"field": "a", **kind}}), "t.yaml")
+        (one,) = load_examples(task, tmp_path)
+        assert one.choices == ("foo", "ba r") and one.correct == {1}
+
+
 def test_half_a_surrogate_pair_is_named_however_deep_it_lies(tmp_path):
     question = {"choices": [{"text": "x"}, {"text": "a\ud800"}]}
     assert refusal(tmp_path, {"q": "Q", "c": question, "a": 0}) == (
