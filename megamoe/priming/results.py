@@ -58,7 +58,8 @@ def read_parts(out: Path | None) -> dict[tuple[str, int, int, str], dict[str, An
     """Parts that are done, by key; torn lines, and parts of something else, do no harm."""
     found = {}
     for line in [] if out is None else read_json_lines(parts_path(out)):
-        if {"task", "num_shots", "draw", "identity", "examples"} <= line.keys():
+        values = [line.get(key) for key in ("task", "num_shots", "draw", "identity", "examples")]
+        if [type(value) for value in values] == [str, int, int, str, list]:
             found[line["task"], line["num_shots"], line["draw"], line["identity"]] = line
     return found
 

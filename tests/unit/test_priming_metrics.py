@@ -81,11 +81,13 @@ def test_the_table_and_what_has_to_be_said():
     ]
 
 
-def test_parts_are_read_back_and_torn_ones_are_not(tmp_path):
+def test_parts_are_read_back_and_torn_or_foreign_ones_are_not(tmp_path):
     out = tmp_path / "r.json"
     part, other = Part("t", 1, 0, "abc"), Part("t", 1, 1, "abc")
     written = write_part(out, part, {"examples": [{"accuracy": 1.0}]})
     with parts_path(out).open("a") as file:
+        for foreign in ({"identity": ["abc"]}, {"task": {}}, {"draw": None}, {"examples": 1}):
+            file.write(json.dumps(written | {"draw": 7} | foreign) + "\n")
         file.write(json.dumps({"task": "t", "num_shots": 1})[:-4])
     write_part(out, other, {"examples": []})
     found = read_parts(out)
