@@ -160,8 +160,15 @@ def test_files_stay_in_the_tasks_folder_and_fit_each_other(tmp_path):
     (inner / "link.jsonl").symlink_to(tmp_path / "t.jsonl")
     for name in ("../t.jsonl", str(tmp_path / "t.jsonl"), "link.jsonl"):
         task = parse_task(yaml.safe_dump(TASK | {"data": {"file": name}}), "t.yaml")
-        with pytest.raises(DataError, match=f"{name} leads out of {inner}: a task names files of its own folder only"):
+        with pytest.raises(DataError) as caught:
             load_examples(task, inner)
+        assert str(caught.value) == (
+            f"{name} leads out of {inner}: a task names files of its own folder only, and no links out of it"
+        )
+    (inner / "own.jsonl").write_bytes((tmp_path / "t.jsonl").read_bytes())
+    (inner / "link.jsonl").unlink()
+    (inner / "link.jsonl").symlink_to("own.jsonl")
+    assert len(load_examples(task, inner)) == 1, "a link that stays in the folder"
     (tmp_path / "labels").write_text("0\n1\n")
     task = parse_task(yaml.safe_dump(TASK | {"data": {"file": "t.jsonl", "labels": "labels"}}), "t.yaml")
     with pytest.raises(DataError, match=r"labels has 2 labels for the 1 examples of .*t.jsonl"):
