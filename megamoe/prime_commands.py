@@ -71,7 +71,7 @@ def _prime(options: argparse.Namespace) -> int:
     from megamoe.launch.environment import rank_environment
     from megamoe.launch.refusal import refused
     from megamoe.priming.prompts import check
-    from megamoe.priming.results import check_writable, model_identity
+    from megamoe.priming.results import check_outputs, model_identity
 
     if options.write_lm_eval is not None:
         return _write_lm_eval(options)
@@ -79,7 +79,7 @@ def _prime(options: argparse.Namespace) -> int:
     def prepare(num_ranks: int) -> "tuple[Config, dict[str, Any]]":
         settings = _settings(options)
         config = _config(checkpoint, options, num_ranks)
-        check_writable(options.out, options.samples)
+        check_outputs(options.out, options.samples)
         check(settings, config)
         paths = {name: _absolute(getattr(options, name)) for name in ("out", "samples")}
         return config, paths | {

@@ -198,7 +198,7 @@ def read_settings(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path} is not a text file in UTF-8: give a YAML file") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(text, str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -206,7 +206,8 @@ def read_settings(path: Path) -> dict[Any, Any]:
     return tree
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What the YAML of `where` holds, nothing checked. Raises ConfigError where it is none, or has a key twice."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds no objects
     except yaml.MarkedYAMLError as error:
@@ -232,7 +233,7 @@ def _override_layer(override: str) -> Layer:
         value: Any = text  # run.dir=2026 is a name and no number, a prompt may hold ": "
     else:
         try:
-            value = _parse_yaml(text, f'the value of "{key}" in {COMMAND_LINE}')
+            value = parse_yaml(text, f'the value of "{key}" in {COMMAND_LINE}')
         except ConfigError as error:
             raise ConfigError(str(error).replace(", line 1:", ":")) from None
     tree: Any = value

@@ -33,11 +33,17 @@ def text_of(where: str, entry: dict[str, Any], key: str, *, advice: str = "") ->
 
 
 def check_texts(where: str, entry: dict[str, Any]) -> None:
-    """Raises DataError where a text of the object, or of a list in it, cannot be written as UTF-8."""
-    for key, value in entry.items():
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str):
-                check_text(where, key, each)
+    """Raises DataError where a text of the object, however deep it lies, cannot be written as UTF-8; it is named by its
+    path, as in "choices.0.text"."""
+    left: list[tuple[str, Any]] = [("", entry)]  # no recursion: lines may be nested deeper than calls
+    while left:
+        path, value = left.pop()
+        if isinstance(value, str):
+            check_text(where, path, value)
+        elif isinstance(value, dict | list):
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            head = f"{path}." if path else ""
+            left += [(f"{head}{name}", part) for name, part in parts if isinstance(part, str | dict | list)]
 
 
 def check_text(where: str, key: str, text: str) -> None:

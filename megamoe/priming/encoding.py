@@ -67,13 +67,19 @@ class Encoder:
 def make_prompt(
     encoder: Encoder, rule: Rule, example: Example, shots: Sequence[str], *, max_tokens: int, too_long: TooLong
 ) -> Prompt:
-    """The example after its shots, no text with more than `max_tokens` tokens before its last one.
+    """The example after its shots, no text with more than `max_tokens` tokens before its last one, the unconditional
+    ones included.
 
     too_long: "drop-shots" leaves shots out from the front, and raises where the example alone is too long; "cut" does
     that, too, and cuts that from the front; "refuse" raises at once. Raises DataError naming the line.
     """
+    unconditional: tuple[Scored, ...] = ()
+    if example.unconditional is not None:
+        unconditional = _choices_after(
+            encoder, example.unconditional, [example.unconditional + choice for choice in example.choices], ()
+        )
     for num_dropped in range(len(shots) + 1):
-        texts = _score(encoder, rule, example, shots[num_dropped:])
+        texts = (*_score(encoder, rule, example, shots[num_dropped:]), *unconditional)
         longest = max(len(text.tokens) - 1 for text in texts)
         if longest <= max_tokens or (too_long == "refuse"):
             break
@@ -89,12 +95,8 @@ def make_prompt(
             )
         num_cut = sum(len(text.tokens) - 1 > max_tokens for text in texts)
         texts = tuple(_cut(text, max_tokens, example.where) for text in texts)
-    unconditional: tuple[Scored, ...] = ()
-    if example.unconditional is not None:
-        unconditional = _choices_after(
-            encoder, example.unconditional, [example.unconditional + choice for choice in example.choices], ()
-        )
-    return Prompt(texts, unconditional, num_dropped, num_cut)
+    num_choices = len(example.choices)
+    return Prompt(texts[:num_choices], texts[num_choices:], num_dropped, num_cut)
 
 
 def common_prefix(texts: Sequence[Sequence[int]]) -> int:

@@ -62,7 +62,7 @@ def _example(task: Task, line: Line) -> Example:
     texts = tuple(_tidy(rendered.replace(CHOICE, choice), task) for choice in choices)
     unconditional = None
     if task.unconditional is not None:
-        unconditional = Template.parse(task.unconditional).render(line.fields).partition(CHOICE)[0]
+        unconditional = _tidy(Template.parse(task.unconditional).render(line.fields).partition(CHOICE)[0], task)
     answers = texts_of(line.fields, task.label.field) if task.label.kind == "texts" else ()
     return Example(line.where, choices, texts, _tidy(before, task), correct, unconditional, answers)
 
@@ -72,7 +72,7 @@ def _choices(task: Task, line: Line) -> tuple[str, ...]:
         found = texts_of(line.fields, task.choices)
     else:
         found = tuple(Template.parse(each).render(line.fields) for each in task.choices)
-    choices = tuple(each.strip() for each in found)
+    choices = tuple(_tidy(each.strip(), task) for each in found)
     if len(choices) < 2:
         raise FieldError(f"{len(choices)} choices: two are needed at least")
     if not all(choices):
@@ -83,14 +83,14 @@ def _choices(task: Task, line: Line) -> tuple[str, ...]:
 def _correct(task: Task, line: Line, choices: Sequence[str]) -> frozenset[int]:
     label = task.label
     if label.kind == "texts":
-        wanted = set(texts_of(line.fields, label.field))
+        wanted = {_tidy(each.strip(), task) for each in texts_of(line.fields, label.field)}
         found = frozenset(i for i, choice in enumerate(choices) if choice in wanted)
         if not found:
             raise FieldError(f'none of field "{label.field}" is among the choices')
         return found
     value = text_of(lookup(line.fields, label.field), label.field).strip()
     if label.kind == "key":
-        keys = texts_of(line.fields, label.keys or "")
+        keys = [key.strip() for key in texts_of(line.fields, label.keys or "")]
         valid = {key: place for place, key in enumerate(keys)}
     else:
         first = 1 if label.kind == "number" else 0

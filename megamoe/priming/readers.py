@@ -51,7 +51,8 @@ def inside(folder: Path, name: str) -> Path:
     """The path of a file that a task names. Raises DataError where it leads out of the folder."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{name} leads out of {folder}: a task names files of its own folder only")
+        rule = "a task names files of its own folder only, and no links out of it"
+        raise DataError(f"{name} leads out of {folder}: {rule}")
     return path
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from megamoe.errors import OutputError
 from megamoe.runs.json_lines import append_json_line, read_json_lines
 
 FORMAT = "megamoe-priming-1"
+MAX_BYTES = 1 << 28  # of what may be a result: more is not read to find out
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def read_parts(out: Path | None) -> dict[tuple[str, int, int, str], dict[str, An
     """Parts that are done, by key; torn lines, and parts of something else, do no harm."""
     found = {}
     for line in [] if out is None else read_json_lines(parts_path(out)):
-        if {"task", "num_shots", "draw", "identity", "examples"} <= line.keys():
+        values = [line.get(key) for key in ("task", "num_shots", "draw", "identity", "examples")]
+        if [type(value) for value in values] == [str, int, int, str, list]:
             found[line["task"], line["num_shots"], line["draw"], line["identity"]] = line
     return found
 
@@ -79,17 +81,45 @@ def write_whole(path: Path, text: str) -> None:
         replace_file(path, text.encode())
 
 
-def check_writable(*paths: Path | None) -> None:
-    """Before hours of work. Raises OutputError where a folder is missing or cannot be written."""
-    for path in paths:
-        if path is None:
-            continue
+def check_outputs(out: Path | None, samples: Path | None) -> None:
+    """Before hours of work. Raises OutputError where a file cannot be written, or is there and not of a priming."""
+    for path in filter(None, (out, samples)):
         if path.is_dir():
             raise OutputError(f"cannot write {path}: it is a folder")
         if not path.parent.is_dir():
             raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
         if not os.access(path.parent, os.W_OK):
             raise OutputError(f"cannot write {path}: the folder {path.parent} is read-only")
+    if out is not None:
+        if samples is not None and samples.resolve() in (out.resolve(), parts_path(out.resolve())):
+            raise OutputError(f"--samples {samples} would take the place of what --out {out} keeps: name another file")
+        _check_ours(out, "results of a priming", "--out", _is_result)
+    if samples is not None:
+        _check_ours(samples, "samples of a priming", "--samples", _is_samples)
+
+
+def _check_ours(path: Path, what: str, option: str, is_ours: Callable[[Path], bool]) -> None:
+    try:
+        if not path.exists() or (path.is_file() and is_ours(path)):
+            return
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read ({error.strerror}): choose another {option}") from None
+    except (ValueError, RecursionError):
+        pass
+    raise OutputError(f"{path} holds no {what}: choose another {option}, or move it away")
+
+
+def _is_result(path: Path) -> bool:
+    if path.stat().st_size > MAX_BYTES:
+        return False
+    tree = json.loads(path.read_bytes())
+    return isinstance(tree, dict) and tree.get("format") == FORMAT
+
+
+def _is_samples(path: Path) -> bool:
+    with path.open("rb") as file:
+        tree = json.loads(file.readline(MAX_BYTES))
+    return isinstance(tree, dict) and {"task", "num_shots", "draw", "number", "scores"} <= tree.keys()
 
 
 def sample_lines(parts: Sequence[Mapping[str, Any]]) -> str:

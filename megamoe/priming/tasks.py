@@ -4,9 +4,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from megamoe.config.keys import check_keys
+from megamoe.config.loading import parse_yaml
 from megamoe.config.schema import Section
 from megamoe.errors import ConfigError
 from megamoe.priming.templates import Template
@@ -83,7 +84,8 @@ class Task(Section):
             if len(value) < 2:
                 raise ValueError("needs two templates at least")
             for each in value:
-                Template.parse(each)
+                if Template.parse(each).has_choice:
+                    raise ValueError(f'"{each}" is a choice itself: it takes neither {{choice}} nor |fill:MARK')
         return value
 
     @model_validator(mode="after")
@@ -95,6 +97,8 @@ class Task(Section):
             for key, value in ends.items():
                 if value is not None and not Template.parse(value).ends_with_choice:
                     raise ValueError(f"score: {self.score} needs {key} to end with {{choice}}, and to hold it once")
+        if self.metrics == "record" and self.label.kind != "texts":
+            raise ValueError("metrics: record compares with the answers that label: {kind: texts} names, and needs it")
         return self
 
 
@@ -132,18 +136,14 @@ def load_task(source: str, data_folder: Path | None = None) -> tuple[Task, Path]
 
 def parse_task(text: str, where: str) -> Task:
     """Raises ConfigError with the key that is wrong."""
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is no valid YAML: {' '.join(str(error).split())}") from None
+    tree = parse_yaml(text, where)
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} is no task: it must hold keys such as name, data, text, choices, label")
+    check_keys(tree, where, Task, root=Task)
     try:
         return Task.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"] if part not in ("str", "tuple[str, ...]"))
         what = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            what = f"is no key of a task; valid: {', '.join(Task.model_fields)}"
         raise ConfigError(f"{where}: {key + ': ' if key else ''}{what}") from None

@@ -38,7 +38,9 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> "Template":
-        """Raises ValueError for a brace without its other, an empty name, or an unknown filter."""
+        """Raises ValueError for a brace without its other, an empty name, an unknown filter, or one on the choice."""
+        if CHOICE in text:
+            raise ValueError(f"{text!r} holds a NUL character")
         parts: list[str | _Field] = []
         for match in _PIECE.finditer(text):
             if match[3]:
@@ -55,7 +57,7 @@ class Template:
     def ends_with_choice(self) -> bool:
         last = self.parts[-1] if self.parts else ""
         others = self.parts[:-1]
-        ends = isinstance(last, _Field) and last.path == "choice" and not last.filters
+        ends = isinstance(last, _Field) and last.path == "choice"
         return ends and not any(isinstance(part, _Field) and (part.path == "choice" or _fills(part)) for part in others)
 
     def render(self, line: Mapping[str, Any]) -> str:
@@ -94,6 +96,8 @@ def _parse_field(inner: str, text: str) -> _Field:
         name, _, argument = each.partition(":")
         if name not in ("capitalize", "strip") and not (name in ("drop", "fill") and argument):
             raise ValueError(f'"{text}" has an unknown filter "{each}"; valid: {", ".join(FILTERS)}')
+        if path.strip() == "choice":
+            raise ValueError(f'"{text}" has a filter on {{choice}}, which takes none')
         found.append((name, argument.replace("\\n", "\n")))
     return _Field(path.strip(), tuple(found))
 

@@ -185,6 +185,12 @@ def test_a_broken_off_command_goes_on(folder):
         (["--shots", "9"], "9 shots cannot be drawn for {0}/test.jsonl, line 1: its train file has 6 other examples"),
         (["--task", "{0}/choose.yaml"], "two tasks are named choose: give one of them another name"),
         (["--out", "{0}/none/r.json"], "cannot write {0}/none/r.json: there is no folder {0}/none"),
+        (["--out", "{0}/test.jsonl"], "{0}/test.jsonl holds no results of a priming: choose another --out, or move it "
+         "away"),
+        (["--samples", "{0}/test.jsonl"], "{0}/test.jsonl holds no samples of a priming: choose another --samples, or "
+         "move it away"),
+        (["--out", "r.json", "--samples", "r.json"], "--samples r.json would take the place of what --out r.json "
+         "keeps: name another file"),
         (["moe.eval_capacity_factor=2"], "moe.eval_capacity_factor has no use here: experts take all tokens, or an "
          "example's score would depend on those beside it"),
         (["data.tokenizer.kind=sentencepiece"], "data.tokenizer.kind sentencepiece needs "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -10,11 +11,11 @@ from megamoe.priming.encoding import Prompt, Scored
 from megamoe.priming.examples import Example
 from megamoe.priming.metrics import choice_scores, judge, summary
 from megamoe.priming.report import notes, table
-from megamoe.priming.results import Part, check_writable, parts_path, read_parts, write_part
+from megamoe.priming.results import FORMAT, Part, check_outputs, parts_path, read_parts, sample_lines, write_part
 from megamoe.priming.settings import parse_shots
 from megamoe.priming.tasks import parse_task
 
-TASK = "{name: t, data: {file: f}, text: '{q} {choice}', choices: c, label: {field: a}, metrics: %s}"
+TASK = "{name: t, data: {file: f}, text: '{q} {choice}', choices: c, label: {field: a, kind: texts}, metrics: %s}"
 
 
 def prompt(*counts):
@@ -80,11 +81,13 @@ def test_the_table_and_what_has_to_be_said():
     ]
 
 
-def test_parts_are_read_back_and_torn_ones_are_not(tmp_path):
+def test_parts_are_read_back_and_torn_or_foreign_ones_are_not(tmp_path):
     out = tmp_path / "r.json"
     part, other = Part("t", 1, 0, "abc"), Part("t", 1, 1, "abc")
     written = write_part(out, part, {"examples": [{"accuracy": 1.0}]})
     with parts_path(out).open("a") as file:
+        for foreign in ({"identity": ["abc"]}, {"task": {}}, {"draw": None}, {"examples": 1}):
+            file.write(json.dumps(written | {"draw": 7} | foreign) + "\n")
         file.write(json.dumps({"task": "t", "num_shots": 1})[:-4])
     write_part(out, other, {"examples": []})
     found = read_parts(out)
@@ -93,11 +96,43 @@ def test_parts_are_read_back_and_torn_ones_are_not(tmp_path):
 
 
 def test_outputs_that_cannot_be_written_are_refused_before(tmp_path):
-    check_writable(tmp_path / "r.json", None)
+    check_outputs(tmp_path / "r.json", None)
     with pytest.raises(OutputError, match=r"cannot write .*/none/r.json: there is no folder .*/none"):
-        check_writable(tmp_path / "none" / "r.json")
+        check_outputs(tmp_path / "none" / "r.json", None)
     with pytest.raises(OutputError, match="it is a folder"):
-        check_writable(tmp_path)
+        check_outputs(None, tmp_path)
+
+
+def test_outputs_replace_only_what_a_priming_wrote(tmp_path):
+    out, samples = tmp_path / "r.json", tmp_path / "s.jsonl"
+    example = {"number": 0, "where": "f, line 1", "correct": [0], "scores": [0.0]}
+    out.write_text(json.dumps({"format": FORMAT, "results": []}))
+    samples.write_text(sample_lines([{"task": "t", "num_shots": 0, "draw": 0, "examples": [example]}]))
+    check_outputs(out, samples)
+    check_outputs(tmp_path / "new.json", tmp_path / "new.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    other = tmp_path / "other"
+    for content in (b"", b"In the beginning", b"\xff", b"[1]", b'{"format": "megamoe-evaluation"}', b"[" * 100_000):
+        other.write_bytes(content)
+        for foreign, ours in ((other, samples), (tmp_path / "pipe", samples), (samples, None)):
+            with pytest.raises(OutputError) as caught:
+                check_outputs(foreign, ours)
+            assert str(caught.value) == (
+                f"{foreign} holds no results of a priming: choose another --out, or move it away"
+            )
+        with pytest.raises(OutputError) as caught:
+            check_outputs(out, other)
+        assert str(caught.value) == f"{other} holds no samples of a priming: choose another --samples, or move it away"
+
+
+@pytest.mark.parametrize("samples", ["r.json", "link/r.json", "r.json.parts.jsonl"])
+def test_samples_lie_in_a_file_of_their_own(samples, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OutputError) as caught:
+        check_outputs(tmp_path / "r.json", tmp_path / samples)
+    assert str(caught.value) == (
+        f"--samples {tmp_path / samples} would take the place of what --out {tmp_path}/r.json keeps: name another file"
+    )
 
 
 def test_numbers_of_shots():

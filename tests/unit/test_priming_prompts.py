@@ -12,8 +12,10 @@ from megamoe.data.tokenizers import ByteTokenizer, build_tokenizer
 from megamoe.errors import ConfigError, DataError
 from megamoe.priming.batching import batches, families
 from megamoe.priming.encoding import Encoder, make_prompt
-from megamoe.priming.examples import Example
+from megamoe.priming.examples import Example, load_examples
 from megamoe.priming.shots import draw_shots
+from megamoe.priming.tasks import Task
+from tests.unit.priming_cases import write_lines
 
 END = 2
 
@@ -100,6 +102,28 @@ def test_the_unconditional_text_has_neither_shots_nor_question():
     found = make_prompt(encoder(), "sum_minus_unconditional", one, ["S s"], max_tokens=99, too_long="refuse")
     assert [text.tokens for text in found.unconditional] == [ids(END, "Answer: a"), ids(END, "Answer: bc")]
     assert scored(found.unconditional) == scored(found.texts) == [ids(" a"), ids(" bc")]
+
+
+def test_choice_and_unconditional_text_are_scored_on_the_same_tokens(tmp_path):
+    """Where the choice's own spaces and newlines collapse in the one, they do so in the other."""
+    task = {
+        "name": "t", "data": {"file": "t.jsonl"}, "text": "{q} {choice}", "choices": "c", "label": {"field": "a"},
+        "score": "sum_minus_unconditional", "unconditional": "Answer:  {choice}",
+    }  # fmt: skip
+    write_lines(tmp_path / "t.jsonl", {"q": "Q ", "c": ["two  words", "two\n\nlines"], "a": 0})
+    (one,) = load_examples(Task.model_validate(task), tmp_path)
+    found = make_prompt(encoder(), "sum_minus_unconditional", one, [], max_tokens=99, too_long="refuse")
+    assert scored(found.unconditional) == scored(found.texts) == [ids(" two words"), ids(" two", END, "lines")]
+
+
+def test_unconditional_texts_have_to_fit_too():
+    one = dataclasses.replace(example("A ", ["1", "12345"]), unconditional="Answer: ")
+    with pytest.raises(DataError, match="f, line 1: 13 tokens do not fit into the model's 9; --too-long cut cuts"):
+        make_prompt(encoder(), "sum_minus_unconditional", one, [], max_tokens=9, too_long="drop-shots")
+    found = make_prompt(encoder(), "sum_minus_unconditional", one, [], max_tokens=9, too_long="cut")
+    assert [text.tokens for text in found.unconditional] == [ids(END, "Answer: 1"), ids("wer: 12345")]
+    assert scored(found.unconditional) == scored(found.texts) == [ids(" 1"), ids(" 12345")]
+    assert found.num_cut_texts == 1 and found.texts[0].tokens == ids(END, "A 1")
 
 
 def test_shots_are_dropped_from_the_front_until_the_longest_choice_fits():

@@ -119,7 +119,7 @@ def test_lines_that_do_not_fit_are_named(tmp_path):
         '/t.jsonl, line 1: field "a" is "0", which is no choice; valid: 1, 2'
     )
     assert refusal(tmp_path, [1]) == head + "a JSON list where an object is expected"
-    assert refusal(tmp_path, line | {"c": ["x", "\ud800"]}) == head + "'c' holds a lone surrogate at character 0"
+    assert refusal(tmp_path, line | {"c": ["x", "\ud800"]}) == head + "'c.1' holds a lone surrogate at character 0"
     assert refusal(tmp_path, line, text="{q|fill:_}") == '/t.jsonl, line 1: field "q" has no "_" to fill'
     right = {"label": {"field": "a", "kind": "texts"}}
     write_lines(tmp_path / "t.jsonl", line | {"a": ["z"]})
@@ -130,6 +130,29 @@ def test_lines_that_do_not_fit_are_named(tmp_path):
         load_examples(parse_task(yaml.safe_dump(TASK), "t.yaml"), tmp_path)
 
 
+def test_labels_and_what_they_are_compared_with_lose_the_same_spaces(tmp_path):
+    line = {"q": "Q", "c": [" foo ", "ba  r"], "keys": ["A", " B "]}
+    for kind, answer in (({"kind": "texts"}, ["ba  r "]), ({"kind": "key", "keys": "keys"}, " B")):
+        write_lines(tmp_path / "t.jsonl", line | {"a": answer})
+        task = parse_task(yaml.safe_dump(TASK | {"label": {"field": "a", **kind}}), "t.yaml")
+        (one,) = load_examples(task, tmp_path)
+        assert one.choices == ("foo", "ba r") and one.correct == {1}
+
+
+def test_half_a_surrogate_pair_is_named_however_deep_it_lies(tmp_path):
+    question = {"choices": [{"text": "x"}, {"text": "a\ud800"}]}
+    assert refusal(tmp_path, {"q": "Q", "c": question, "a": 0}) == (
+        "/t.jsonl, line 2: 'c.choices.1.text' holds a lone surrogate at character 1"
+    )
+    write_lines(tmp_path / "ReCoRD/val.jsonl", RECORD | {"passage": {"text": "Ann\udfff", "entities": []}})
+    with pytest.raises(DataError, match=r"line 1: 'passage.text' holds a lone surrogate at character 3"):
+        load_examples(*load_task("record", tmp_path))
+    # As deep as JSON is read: what looks for the texts must not give up before.
+    (tmp_path / "t.jsonl").write_text('{"q": ' + "[" * 900 + '"\\ud800"' + "]" * 900 + "}\n")
+    with pytest.raises(DataError, match=r"line 1: 'q(\.0)+' holds a lone surrogate at character 0"):
+        load_examples(parse_task(yaml.safe_dump(TASK), "t.yaml"), tmp_path)
+
+
 def test_files_stay_in_the_tasks_folder_and_fit_each_other(tmp_path):
     inner = tmp_path / "inner"
     write_lines(tmp_path / "t.jsonl", {"q": "Q", "c": ["x", "y"], "a": 0})
@@ -137,8 +160,15 @@ def test_files_stay_in_the_tasks_folder_and_fit_each_other(tmp_path):
     (inner / "link.jsonl").symlink_to(tmp_path / "t.jsonl")
     for name in ("../t.jsonl", str(tmp_path / "t.jsonl"), "link.jsonl"):
         task = parse_task(yaml.safe_dump(TASK | {"data": {"file": name}}), "t.yaml")
-        with pytest.raises(DataError, match=f"{name} leads out of {inner}: a task names files of its own folder only"):
+        with pytest.raises(DataError) as caught:
             load_examples(task, inner)
+        assert str(caught.value) == (
+            f"{name} leads out of {inner}: a task names files of its own folder only, and no links out of it"
+        )
+    (inner / "own.jsonl").write_bytes((tmp_path / "t.jsonl").read_bytes())
+    (inner / "link.jsonl").unlink()
+    (inner / "link.jsonl").symlink_to("own.jsonl")
+    assert len(load_examples(task, inner)) == 1, "a link that stays in the folder"
     (tmp_path / "labels").write_text("0\n1\n")
     task = parse_task(yaml.safe_dump(TASK | {"data": {"file": "t.jsonl", "labels": "labels"}}), "t.yaml")
     with pytest.raises(DataError, match=r"labels has 2 labels for the 1 examples of .*t.jsonl"):
@@ -160,7 +190,16 @@ def test_a_quote_that_is_left_open_is_named_with_its_line(tmp_path):
 
 
 def test_task_files_are_checked():
-    assert task_refusal(nme=1).startswith("t.yaml: nme: is no key of a task; valid: name, about, data, train, text, ")
+    assert task_refusal(nme=1) == 'unknown key "nme" in t.yaml: did you mean "name"?'
+    assert task_refusal(zzz=1).startswith(
+        'unknown key "zzz" in t.yaml: the keys are name, about, data, train, text, choices, label, '
+    )
+    assert task_refusal(label={"field": "a", "kidn": "key"}) == (
+        'unknown key "label.kidn" in t.yaml: did you mean "label.kind"?'
+    )
+    assert task_refusal(train={"file": "f", "split": "x"}) == (
+        'unknown key "train.split" in t.yaml: train has file, format, labels'
+    )
     assert task_refusal(text="{q}") == (
         't.yaml: text: "{q}" has no place for the choice: {choice}, or a field with |fill:MARK'
     )
@@ -170,6 +209,15 @@ def test_task_files_are_checked():
         't.yaml: text: "{q|upper} {choice}" has an unknown filter "upper"; valid: capitalize, strip, drop:TEXT, '
         "fill:MARK"
     )
+    assert task_refusal(text="{q} { choice |capitalize}") == (
+        't.yaml: text: "{q} { choice |capitalize}" has a filter on {choice}, which takes none'
+    )
+    for each in ("{choice}", "{q|fill:_}"):
+        assert task_refusal(choices=["x", each]) == (
+            f't.yaml: choices: "{each}" is a choice itself: it takes neither {{choice}} nor |fill:MARK'
+        )
+    for changes in ({"text": "\0 {choice}"}, {"choices": ["x", "\0"]}):
+        assert task_refusal(**changes).endswith("holds a NUL character")
     assert task_refusal(score="sum_of_choice", text="{choice}.") == (
         "t.yaml: score: sum_of_choice needs text to end with {choice}, and to hold it once"
     )
@@ -180,11 +228,23 @@ def test_task_files_are_checked():
     assert task_refusal(label={"field": "a", "kind": "key"}).endswith(
         "label: keys: is given with kind: key, and only with it"
     )
+    assert task_refusal(metrics="record") == (
+        "t.yaml: metrics: record compares with the answers that label: {kind: texts} names, and needs it"
+    )
     assert "mean_after_prefix" in task_refusal(score="best")
     with pytest.raises(ConfigError, match=r"t.yaml is no task: it must hold keys such as name"):
         parse_task("[1]", "t.yaml")
-    with pytest.raises(ConfigError, match=r"t.yaml is no valid YAML"):
+    with pytest.raises(ConfigError, match=r"cannot read t.yaml, line 1: "):
         parse_task("a: [", "t.yaml")
+
+
+def test_task_files_are_read_as_configurations_are():
+    text = json.dumps(TASK)
+    with pytest.raises(ConfigError, match=r'^cannot read t.yaml, line 1: key "text" is given twice$'):
+        parse_task(text.replace('"choices"', '"text": "{choice}", "choices"'), "t.yaml")
+    with pytest.raises(ConfigError, match=r'^cannot read t.yaml, line 1: key "file" is given twice$'):
+        parse_task(text.replace('"file"', '"file": "f", "file"'), "t.yaml")
+    assert parse_task(yaml.safe_dump(TASK) + "about: 2020-13-45\n", "t.yaml").about == "2020-13-45"
 
 
 def test_tasks_are_found_by_file_or_name(tmp_path):
