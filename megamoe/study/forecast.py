@@ -150,8 +150,8 @@ def forecast_text(
     for each in forecasts:
         if each.missing_bytes:
             lines.append(
-                f"{each.model} DOES NOT FIT: {bytes_text(each.missing_bytes)} of memory are missing; megamoe plan on its "
-                "configuration says what would help"
+                f"{each.model} DOES NOT FIT: {bytes_text(each.missing_bytes)} are missing on the fullest GPU; give it "
+                "more --gpus, or a layout in its settings that `megamoe plan --search` finds"
             )
     if seconds is not None:
         measured = " (* measured)" if any(each.is_measured for each in forecasts) else ""

@@ -1,5 +1,7 @@
 """What a study's file may say, what is refused and in which words, and what a study will cost."""
 
+import contextlib
+import errno
 import json
 import os
 import time
@@ -10,9 +12,11 @@ import yaml
 from megamoe.cli import main
 from megamoe.config.loading import dump_yaml
 from megamoe.errors import ConfigError
+from megamoe.study import forecast as forecast_module
 from megamoe.study.ladder import differing_keys, study_runs
 from megamoe.study.lock import study_lock
 from megamoe.study.schema import read_study
+from megamoe.study.states import Cost
 from tests.fork_server import ROOT
 from tests.unit.study_cases import TINY_STUDY, load_tiny
 
@@ -51,6 +55,10 @@ REFUSED = [
     (changed(common=3), "common is 3 in study.yaml: it must be a group of settings"),
     (changed(analysis={"baseline": "dance"}),
      'analysis.baseline is "dance" in study.yaml, but no model is of that family: the families are dense, moe'),
+    (changed(analysis={"compared": "dense"}),
+     'analysis.compared is "dense" in study.yaml, as baseline is: name another family'),
+    (changed(dir=""), 'dir is "" in study.yaml: name a folder of the study\'s own, as runs/study is'),
+    (changed(name=".."), 'name is ".." in study.yaml: name a folder of the study\'s own, as runs/study is'),
     (changed(may_differ=["model.hiden"]),
      'may_differ names "model.hiden", which is no key of a configuration: write one as model.init_std'),
     (with_model(1, name="dense-0"), 'two models of study.yaml are named "dense-0": give each a name of its own'),
@@ -143,6 +151,45 @@ def test_the_plan_adds_up(place, capsys):
     assert sorted(os.listdir(place)) == ["one.yaml", "study.yaml"]
 
 
+def test_a_plan_says_which_model_does_not_fit(place, capsys):
+    large = {"model": {"num_layers": 48, "hidden_size": 8192, "num_attention_heads": 64, "seq_length": 2048}}
+    tree = yaml.safe_load(changed())
+    tree["models"][0]["settings"], tree["may_differ"], tree["num_tokens"] = large, ["model.seq_length"], 32768
+    tree["evaluate_at_tokens"] = None
+    (place / "study.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["study", "study.yaml", "--plan", "--cluster", "a100-40gb"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "DOES NOT FIT" in line]
+    assert len(lines) == 1 and lines[0].startswith("dense-0 DOES NOT FIT: "), lines
+    tree["models"][0]["settings"] |= {"run": {"precision": "fp16"}}
+    tree["may_differ"].append("run.precision")
+    (place / "study.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["study", "study.yaml", "--plan", "--cluster", "cpu", "--gpus", "3"]) == 2
+    assert capsys.readouterr().err.startswith("megamoe: error: model dense-0: ")
+
+
+def test_what_is_trained_needs_no_cluster_for_its_time(place, capsys, monkeypatch):
+    monkeypatch.setattr(forecast_module, "is_trained", lambda run: True)
+    monkeypatch.setattr(forecast_module, "costs_of", lambda run, steps: {steps[0]: Cost(30.0, None)})
+    assert main(["study", "study.yaml", "--plan"]) == 0
+    assert "time of training steps as measured: 2 min (* measured); starts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--submit", "--nodes '4"], "--submit is \"--nodes '4\": No closing quotation; write options as in a shell"),
+        (["--gpus", "8"], "--cluster, --gpus and --json go with --plan"),
+        (["--report-only", "--only", "moe-0"],
+         "--only says what is trained: it goes with none of --plan, --report-only, --no-train"),
+    ],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_refused(place, capsys, monkeypatch, words, told):
+    monkeypatch.setattr("megamoe.study.scoring.check_evaluation", lambda *_: None)
+    with contextlib.suppress(SystemExit):
+        assert main(["study", "study.yaml", *words]) == 2
+    assert capsys.readouterr().err.endswith(f"error: {told}\n")
+
+
 def test_a_study_becomes_an_array_of_jobs(place, capfd):
     for name in ("train.bin", "train.idx"):
         (place / name).touch()
@@ -178,6 +225,16 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
         pass
     assert str(refused.value) == f"another process works on the study in {tmp_path}: wait for it, or end it first"
     with study_lock(tmp_path, wait_seconds=0.3):
+        pass
+
+
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    told = r"cannot be locked \(Function not implemented\), so that two commands "
+    with pytest.raises(ConfigError, match=told), study_lock(tmp_path):
         pass
 
 
