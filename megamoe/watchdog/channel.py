@@ -58,17 +58,22 @@ class Line:
                 self._unsent = self._unsent[self.socket.send(self._unsent) :]
 
     def receive(self) -> Iterator[dict[str, Any]]:
-        """What has arrived. Raises OSError where the connection is broken or closed, or what comes is none of ours."""
-        is_closed = False
+        """What has arrived. Raises OSError where the connection is broken or closed, or what comes is none of ours.
+
+        The last words come before the error: a rank that ends with an answer unread breaks its connection.
+        """
+        end: OSError | None = None
         try:
-            while not is_closed:
+            while len(self._received) <= MAX_LINE_BYTES:
                 data = self.socket.recv(1 << 16)
-                is_closed = not data
-                self._received += data
-                if len(self._received) > MAX_LINE_BYTES:
+                if not data:
+                    end = ConnectionResetError("closed by the other side")
                     break
+                self._received += data
         except (BlockingIOError, InterruptedError):
             pass
+        except OSError as error:
+            end = error
         *lines, self._received = self._received.split(b"\n")
         for line in lines:
             try:
@@ -78,8 +83,8 @@ class Line:
             if not isinstance(tree, dict):
                 raise OSError("not a line of ours")
             yield tree
-        if is_closed:
-            raise ConnectionResetError("closed by the other side")
+        if end is not None:
+            raise end
         if len(self._received) > MAX_LINE_BYTES:
             raise OSError("a line without end")
 

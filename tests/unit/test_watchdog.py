@@ -17,7 +17,7 @@ from megamoe.watchdog.server import Server
 from megamoe.watchdog.stacks import StackFile
 from megamoe.watchdog.watch import Settings, Watch
 
-SETTINGS = Settings(timeout_seconds=0.8, slow_timeout_seconds=5.0, poll_seconds=0.05)
+SETTINGS = Settings(timeout_seconds=1.5, slow_timeout_seconds=5.0, poll_seconds=0.05)
 
 
 class Rank:
@@ -210,6 +210,23 @@ def test_a_defect_of_the_watchdog_ends_no_run(tmp_path, monkeypatch, capfd):
         time.sleep(2 * SETTINGS.timeout_seconds)
         assert server.verdict is None and not ranks[0].ends
     assert "the watchdog of rank 1 is off: ZeroDivisionError" in capfd.readouterr().out
+
+
+def test_the_last_words_of_a_rank_that_breaks_its_connection_are_heard():
+    """Closed with an answer unread, as by a process that ends or is killed, a connection is reset."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = Line(socket.create_connection(server.getsockname()))
+        ours = Line(server.accept()[0])
+        ours.send({"do": "alive"})
+        assert theirs.wait(10.0)
+        theirs.send({"do": "leave"})
+        theirs.close()
+        assert ours.wait(10.0)
+        time.sleep(0.2)
+        heard = ours.receive()
+        assert next(heard) == {"do": "leave"}
+        with pytest.raises(ConnectionResetError):
+            next(heard)
 
 
 def test_nobody_who_answers_is_an_error_at_once():
