@@ -4,6 +4,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -238,7 +239,16 @@ def accepted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return f"{words[annotation]} {' and '.join(limits)}" if limits else words[annotation]
 
 
+@dataclass(frozen=True)
+class InWords:
+    """Stands in an Annotated type where its bounds are none that `accepted` can tell, as a pattern."""
+
+    text: str  # follows the kind of the value
+
+
 def _bound(bound: Any) -> str:
+    if isinstance(bound, InWords):
+        return bound.text
     for kind, attribute, words in (
         (annotated_types.Ge, "ge", "of at least"),
         (annotated_types.Gt, "gt", "above"),

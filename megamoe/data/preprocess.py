@@ -21,7 +21,15 @@ import numpy as np
 from megamoe.config.schema import TokenizerConfig
 from megamoe.data.indexed import IndexedDataset, IndexedWriter, bin_path, idx_path, token_dtype
 from megamoe.data.manifest import read_manifest, same_inputs, write_manifest
-from megamoe.data.readers import Chunk, Source, TxtDocuments, document_text, find_sources, read_chunks
+from megamoe.data.readers import (
+    JSON_KEY_ADVICE,
+    Chunk,
+    Source,
+    TxtDocuments,
+    document_text,
+    find_sources,
+    read_chunks,
+)
 from megamoe.data.tokenizers import Tokenizer, build_tokenizer
 from megamoe.errors import DataError
 from megamoe.progress import StatusLine
@@ -164,13 +172,15 @@ def _is_done(settings: PreprocessSettings, description: dict[str, Any], log: Tex
     return True
 
 
-def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, rules: Rules, json_key: str) -> EncodedChunk:
-    """Ids of every document of a chunk that holds any text.
+def encode_chunk(
+    chunk: Chunk, tokenizer: Tokenizer, rules: Rules, json_key: str, advice: str = JSON_KEY_ADVICE
+) -> EncodedChunk:
+    """Ids of every document of a chunk that holds any text. advice: as for `document_text`.
 
     Raises:
         DataError: a document cannot be decoded; the message names file and line.
     """
-    texts = [document_text(document, json_key) for document in chunk.documents]
+    texts = [document_text(document, json_key, advice) for document in chunk.documents]
     num_text_bytes = sum(len(document.content) for document in chunk.documents)
     if rules == "paper":
         # Blank lines inside a document would read as its end, so two ends in a row always mean a new document.

@@ -21,6 +21,7 @@ TxtDocuments = Literal["blank_line", "file"]
 READ_BYTES = 1 << 20
 HASHED_FILE_BYTES = 1 << 26
 UTF8_BOM = b"\xef\xbb\xbf"
+JSON_KEY_ADVICE = "name another with --json-key"  # of the tools that read corpora
 VALID_ENDINGS = ".txt, .jsonl, and both with .gz or .zst"
 
 
@@ -136,8 +137,8 @@ def read_chunks(sources: Iterable[Source], txt_documents: TxtDocuments, chunk_by
         yield Chunk(tuple(pending), done_bytes)
 
 
-def document_text(document: RawDocument, json_key: str) -> str:
-    r"""The text of a document, with "\n" as its only line ending.
+def document_text(document: RawDocument, json_key: str, advice: str = JSON_KEY_ADVICE) -> str:
+    r"""The text of a document, with "\n" as its only line ending. advice: what to do where there is no `json_key`.
 
     Raises:
         DataError: it is not UTF-8, no JSON object, or has no text under `json_key`; the message names file and line.
@@ -150,7 +151,7 @@ def document_text(document: RawDocument, json_key: str) -> str:
         raise DataError(f"{document.path}, line {line}, byte {column}: not UTF-8 ({error.reason})") from error
     if document.kind == "jsonl":
         where = f"{document.path}, line {document.line}"
-        text = text_of(where, json_object(where, text), json_key, advice="; name another with --json-key")
+        text = text_of(where, json_object(where, text), json_key, advice=f"; {advice}")
     return text.replace("\r\n", "\n")
 
 

@@ -29,7 +29,9 @@ from megamoe.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer, t
 from megamoe.errors import DataError
 from megamoe.evaluation.sets import TextSet
 from megamoe.evaluation.windows import WindowPlan, plan_windows
+from megamoe.inference.tokenizer import notes_of_tokenizer
 
+_JSON_KEY_ADVICE = "name another as the set's json_key in a file of --sets"
 Tick = Callable[[str], None]  # called now and then with what is being done
 
 
@@ -113,7 +115,7 @@ def tokenize(text: TextSet, tokenizer: Tokenizer, prefix: Path, tick: Tick = lam
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with open(growing, "wb") as sizes, IndexedWriter(prefix, tokenizer.vocab_size, before_index=publish) as writer:
             for chunk in chunks:
-                encoded = encode_chunk(chunk, tokenizer, settings.rules, settings.json_key)
+                encoded = encode_chunk(chunk, tokenizer, settings.rules, settings.json_key, _JSON_KEY_ADVICE)
                 count = _num_wanted(encoded.lengths, writer, settings.max_documents, most_tokens)
                 writer.add_documents(encoded.tokens[: int(encoded.lengths[:count].sum())], encoded.lengths[:count])
                 sizes.write(encoded.text_bytes[:count].astype("<i8").tobytes())
@@ -191,12 +193,7 @@ def check_sets(
                 _check_end(text, tokenizer, vocab_size)
             notes += open_set(text, Path(), tokenizer=tokenizer, vocab_size=vocab_size).notes
     if any(text.settings.format != "indexed" for text in texts):
-        built = tokenizer_of_model(tokenizer, vocab_size)
-        if built.vocab_size < vocab_size // 2:
-            notes.append(
-                f"the tokenizer (data.tokenizer.kind {built.kind}) has {built.vocab_size} ids, the model {vocab_size}: "
-                "if it is not the model's own, results mean nothing"
-            )
+        notes += notes_of_tokenizer(tokenizer_of_model(tokenizer, vocab_size), vocab_size)
     return notes
 
 

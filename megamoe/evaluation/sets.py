@@ -5,7 +5,9 @@
       - {name: wiki, path: wiki/*.jsonl.zst, domain: out_of_domain, reading: documents, max_documents: 1000}
 """
 
+import errno
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megamoe.config.keys import InWords
 from megamoe.config.loading import checked_settings, read_settings
 from megamoe.config.schema import PositiveInt, Section
 from megamoe.data.indexed import bin_path, idx_path
@@ -23,7 +26,10 @@ from megamoe.errors import ConfigError, DataError
 
 Format = Literal["indexed", "jsonl", "text"]
 Reading = Literal["blocks", "documents"]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
+Word = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100), InWords("of letters, digits and ._- (at most 100)")
+]
+_MOST_SHOWN = 100  # characters of a path: a text in its place may be long
 
 
 class EvaluationSet(Section):
@@ -96,9 +102,10 @@ def settled_sets(
     """The sets with every choice made, files found and known by their content.
 
     What is given here is the command's, and stands where neither a set nor the file says otherwise. Raises ConfigError
-    for a context longer than the model's sequences and for a stride longer than the context, DataError for files that
-    are not there.
+    for a context longer than the model's sequences, for a stride longer than the context, and for one that no set asks
+    for; DataError for files that are not there.
     """
+    _check_stride_is_used(found, reading, stride_tokens)
     settled = []
     for each in found.sets:
         chosen = each.reading or found.reading or reading or "blocks"
@@ -128,8 +135,22 @@ def settled_sets(
     return tuple(settled)
 
 
+def _check_stride_is_used(found: EvaluationSets, reading: Reading | None, stride_tokens: int | None) -> None:
+    """Of a file, or of the command. That of a set is looked at with the set."""
+    if any((each.reading or found.reading or reading) == "documents" for each in found.sets):
+        return
+    for given, name, advice in (
+        (found.stride_tokens, "stride_tokens", "set reading: documents"),
+        (stride_tokens, "--stride", "add --reading documents"),
+    ):
+        if given is not None:
+            raise ConfigError(
+                f"{name} is for reading documents, but all sets are read in blocks: leave it out, or {advice}"
+            )
+
+
 def _format(path: str) -> Format:
-    if idx_path(path).exists():
+    if os.path.exists(idx_path(path)):  # unlike Path's, it finds no path too long to be looked for
         return "indexed"
     return "jsonl" if ".jsonl" in Path(path).name else "text"
 
@@ -152,16 +173,30 @@ def _describe(path: str) -> dict[str, Any]:
 
 
 def _paths(settings: EvaluationSet) -> Sequence[str]:
-    paths = [settings.path] if Path(settings.path).exists() else sorted(glob.glob(settings.path, recursive=True))
+    given = settings.path
+    paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
     if not paths:
+        shown = given if len(given) <= _MOST_SHOWN else f"{given[:_MOST_SHOWN]}…"
         raise DataError(
-            f"no file matches {settings.path}: give a text file, a .jsonl file, a glob, or the path of a .bin/.idx "
+            f"{_why_not_found(given)} {shown}: give a text file, a .jsonl file, a glob, or the path of a .bin/.idx "
             "pair without the ending"
         )
     for path in paths:
         if not Path(path).is_file():
             raise DataError(f"{path} is no file: name its files, as in {path.rstrip('/')}/*.txt")
     return paths
+
+
+def _why_not_found(path: str) -> str:
+    """The beginning of a sentence that ends with the path."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.ENAMETOOLONG):
+            return f"cannot look for a file ({error.strerror}) at"
+    except ValueError:  # a character that no path has
+        pass
+    return "no file matches"
 
 
 def _source(path: str, format_: Format) -> Source:

@@ -107,7 +107,7 @@ class WindowPlan:
 def plan_windows(
     corpus: IndexedDataset, settings: EvaluationSet, *, end_of_document_id: int, vocab_size: int
 ) -> WindowPlan:
-    """The plan of a set whose settings leave nothing open. Raises DataError where there is not one block."""
+    """The plan of a set whose settings leave nothing open. Raises DataError where there is nothing to score."""
     context, most = settings.context_tokens or 1, settings.max_tokens
     num_documents = min(corpus.num_documents, settings.max_documents or corpus.num_documents)
     if settings.reading == "documents":
@@ -115,6 +115,12 @@ def plan_windows(
             enough = bisect_left(range(num_documents), most, key=lambda number: corpus.document_start(number + 1))
             num_documents = min(num_documents, enough + 1)
         num_units = num_documents
+        if corpus.document_start(num_units) == 0:
+            raise DataError(
+                f"set {settings.name} has no token in the documents that are chosen ({num_units} of "
+                f"{corpus.num_documents}), so that there is nothing to score: choose more with max_documents, or name "
+                "other data"
+            )
     else:
         num_tokens = corpus.document_start(num_documents)
         num_units = (num_tokens - 1) // context

@@ -1,5 +1,6 @@
 """SETS.yaml, what a set is known by, how it is cut into windows, and how many bytes its tokens stand for."""
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -42,7 +43,14 @@ def sets_file(folder: Path, text: str) -> Path:
             "sets: [{name: a, path: b, reading: lines}]",
             'sets[0].reading is "lines" in {path}: it must be one of blocks, documents or null',
         ),
-        ("sets: [{path: b}]", "sets[0].name is missing in {path}: it must be text"),
+        (
+            "sets: [{path: b}]",
+            "sets[0].name is missing in {path}: it must be text of letters, digits and ._- (at most 100)",
+        ),
+        (
+            "sets: [{name: a b, path: b}]",
+            'sets[0].name is "a b" in {path}: it must be text of letters, digits and ._- (at most 100)',
+        ),
         (
             "sets: [{name: a, path: b, max_tokens: 0}]",
             "sets[0].max_tokens is 0 in {path}: it must be a whole number of at least 1 or null",
@@ -92,6 +100,51 @@ def test_settings_that_do_not_fit_are_answered_in_one_sentence(settings, message
     with pytest.raises((ConfigError, DataError)) as caught:
         settled_sets(found, seq_length=64)
     assert str(caught.value) == message
+
+
+def test_a_stride_that_no_set_would_use_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    found = single_text(tmp_path / "a.txt")
+    with pytest.raises(ConfigError) as caught:
+        settled_sets(found, seq_length=64, stride_tokens=4)
+    assert str(caught.value) == (
+        "--stride is for reading documents, but all sets are read in blocks: leave it out, or add --reading documents"
+    )
+    with pytest.raises(ConfigError) as caught:
+        settled_sets(found.model_copy(update={"stride_tokens": 4}), seq_length=64)
+    assert str(caught.value) == (
+        "stride_tokens is for reading documents, but all sets are read in blocks: leave it out, or set reading: "
+        "documents"
+    )
+    one, other = found.sets[0], found.sets[0].model_copy(update={"name": "b", "reading": "documents"})
+    mixed = EvaluationSets(sets=(one, other), stride_tokens=4)
+    assert [text.settings.stride_tokens for text in settled_sets(mixed, seq_length=64)] == [None, 4]
+
+
+def test_a_text_in_place_of_a_path_is_answered_in_one_sentence(tmp_path):
+    advice = "give a text file, a .jsonl file, a glob, or the path of a .bin/.idx pair without the ending"
+    text = "This is a text and no path. " * 20
+    with pytest.raises(DataError) as caught:
+        settled_sets(single_text(Path(text)), seq_length=64)
+    assert str(caught.value).endswith(f": cannot look for a file (File name too long) at {text[:100]}…: {advice}")
+    with pytest.raises(DataError, match="no file matches"):
+        settled_sets(EvaluationSets(sets=(EvaluationSet(name="a", path="nul\0"),)), seq_length=64)
+    longest = tmp_path / ("x" * 253)  # with .idx behind it, it would be too long
+    longest.write_text("text")
+    (found,) = settled_sets(single_text(longest), seq_length=64)
+    assert found.settings.format == "text"
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(monkeypatch):
+    def denied(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.stat", denied)  # root may look into every folder
+    with pytest.raises(DataError) as caught:
+        settled_sets(single_text(Path("/secret/a.txt")), seq_length=64)
+    assert str(caught.value).startswith(
+        "set a.txt: cannot look for a file (Permission denied) at /secret/a.txt: give a text file"
+    )
 
 
 def test_the_set_the_file_and_the_command_are_asked_in_this_order(tmp_path):
@@ -174,6 +227,19 @@ def test_limits_take_the_first_documents_and_blocks(tmp_path):
         plan(reading="blocks", max_tokens=3)
 
 
+def test_documents_without_a_token_are_refused(tmp_path):
+    write(tmp_path / "text", [0, 0, 5])
+    chosen = EvaluationSet(name="a", path=str(tmp_path / "text"), reading="documents", max_documents=2)
+    with pytest.raises(DataError) as caught:
+        check_sets(settled_sets(EvaluationSets(sets=(chosen,)), seq_length=8), tokenizer=BYTE, vocab_size=260)
+    assert str(caught.value) == (
+        "set a has no token in the documents that are chosen (2 of 3), so that there is nothing to score: choose more "
+        "with max_documents, or name other data"
+    )
+    enough = chosen.model_copy(update={"max_documents": 3})
+    assert check_sets(settled_sets(EvaluationSets(sets=(enough,)), seq_length=8), tokenizer=BYTE, vocab_size=260) == []
+
+
 def gpt2_folder(folder: Path) -> Path:
     characters = byte_characters()
     merges = [("Ã", "¤"), ("o", "r"), ("Ġ", "t")]
@@ -225,6 +291,17 @@ def test_text_is_tokenized_once_and_its_bytes_are_known(tmp_path):
     first, last = opened.plan.span
     joined = b"\0".join(each.encode() for each in TEXTS) + b"\0"
     assert opened.text_bytes(0) == len(joined[first:last].replace(b"\0", b""))
+
+
+def test_a_line_without_the_key_is_told_with_what_an_evaluation_can_set(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    (text,) = settled_sets(single_text(tmp_path / "a.jsonl"), seq_length=8)
+    with pytest.raises(DataError) as caught:
+        tokenize(text, ByteTokenizer(), tmp_path / "made")
+    assert str(caught.value) == (
+        f"{tmp_path}/a.jsonl, line 1: no key 'text' (keys here: body); name another as the set's json_key in a file of "
+        "--sets"
+    )
 
 
 def test_tokenizing_ends_where_the_limits_are_reached(tmp_path):
