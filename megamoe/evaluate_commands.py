@@ -101,16 +101,13 @@ def _checkpoints(options: argparse.Namespace) -> Iterator[list[Path]]:
     """What is evaluated, in this order; an imported model is there while this lasts."""
     from megamoe.evaluation.plan import checkpoints_of_run
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.inference.tokenizer import names_tokenizer
 
     if options.every or options.steps is not None:
         yield checkpoints_of_run(options.path, options.steps)
         return
-    with model_checkpoint(options.path, keeps_tokenizer=not _names_tokenizer(options)) as newest:
+    with model_checkpoint(options.path, keeps_tokenizer=not names_tokenizer(options.overrides)) as newest:
         yield [newest]
-
-
-def _names_tokenizer(options: argparse.Namespace) -> bool:
-    return any(override.startswith("data.tokenizer.") for override in options.overrides)
 
 
 def _prepare(
@@ -122,6 +119,7 @@ def _prepare(
     from megamoe.evaluation.results import Results
     from megamoe.evaluation.sets import read_sets, settled_sets, single_text
     from megamoe.inference.settings import forward_config
+    from megamoe.inference.tokenizer import names_tokenizer
     from megamoe.launch.devices import choose_device
     from megamoe.launch.environment import rank_environment
 
@@ -134,7 +132,7 @@ def _prepare(
     )  # fmt: skip
     notes = check_sets(
         texts, tokenizer=config.data.tokenizer, vocab_size=config.model.vocab_size,
-        names_tokenizer=_names_tokenizer(options),
+        names_tokenizer=names_tokenizer(options.overrides),
     )  # fmt: skip
     environment = rank_environment()
     here = options.local_ranks or environment.local_world_size
@@ -147,12 +145,12 @@ def _prepare(
         Results.begin(header(config, num_ranks, texts, capacity, device), models), options.out,
         overwrite=options.overwrite, keeps_others=several,
     )  # fmt: skip
+    for note in [*([] if results.is_complete else notes), *results.notes] if environment.rank == 0 else ():
+        print(f"megamoe: note: {note}", file=sys.stderr)
+    if options.out is not None and environment.rank == 0 and (results.notes or not results.is_complete):
+        results.write(options.out)
     if results.is_complete:
         raise _NothingToDo(results.tree)
-    for note in notes if environment.rank == 0 else ():
-        print(f"megamoe: note: {note}", file=sys.stderr)
-    if options.out is not None and environment.rank == 0:
-        results.write(options.out)
     return config, {
         "results": results.tree, "out": None if options.out is None else str(options.out), "json": options.json,
         "save_interval_seconds": options.save_interval,

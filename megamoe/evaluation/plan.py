@@ -13,6 +13,7 @@ from megamoe.errors import ConfigError
 from megamoe.evaluation.corpora import describe_tokenizer
 from megamoe.evaluation.results import Results, read_results
 from megamoe.evaluation.sets import TextSet
+from megamoe.inference.identity import model_digest
 from megamoe.topology.parameters import num_active_parameters, num_parameters, param_table
 
 
@@ -73,11 +74,12 @@ def model_identity(folder: Path, asked: Path, config: Config) -> dict[str, Any]:
     """
     manifest = Manifest.read(folder)
     table = param_table(config.model, config.moe)
-    is_own = folder.resolve().is_relative_to(asked.resolve())
+    is_own = folder.is_relative_to(asked)  # as they are written: a checkpoint of the run may be a link to elsewhere
     return {
         "checkpoint": str(folder if is_own else asked),
         "folder": str(folder),
-        "manifest_checksum": manifest.checksum,
+        # The manifest of an import names a folder that is another one each time.
+        "manifest_checksum": manifest.checksum if is_own else model_digest(manifest),
         "save_id": manifest.save_id,
         "config_hash": manifest.config_hash,
         "step": manifest.step,
@@ -115,8 +117,11 @@ def taken_up(wanted: Results, out: Path | None, *, overwrite: bool, keeps_others
     kept = None if out is None or overwrite else read_results(out)
     if kept is None:
         return wanted
-    folders = {model["manifest_checksum"]: model["folder"] for model in wanted.tree["models"]}
+    places = {
+        model["manifest_checksum"]: {key: model[key] for key in ("checkpoint", "folder")}
+        for model in wanted.tree["models"]
+    }
     kept.go_on(wanted, out, keeps_others=keeps_others)
-    for model in kept.tree["models"]:  # what was imported lies elsewhere this time
-        model["folder"] = folders.get(model["manifest_checksum"], model["folder"])
+    for model in kept.tree["models"]:  # what was imported lies elsewhere this time, and a run may have been moved
+        model.update(places.get(model["manifest_checksum"], {}))
     return kept

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megamoe.checkpoint.files import replace_file
 from megamoe.checkpoint.outputs import writing
 from megamoe.errors import ConfigError, OutputError
-from megamoe.evaluation.sums import Sums, summary
+from megamoe.evaluation.sums import Sums, set_result, summary
+from megamoe.evaluation.table import table
 
 FORMAT, VERSION = "megamoe-evaluation", 1
 MAX_BYTES = 1 << 28
@@ -21,11 +22,18 @@ SAME = {
 }  # fmt: skip
 
 
+_MODEL_KEYS = ("checkpoint", "folder", "manifest_checksum", "step", "is_complete", "sets")
+
+
 @dataclass
 class Results:
-    """The whole file as a tree. Models and their sets stand in the order in which they are scored."""
+    """The whole file as a tree. Models and their sets stand in the order in which they are scored.
+
+    notes: what the user should hear of what `go_on` has left out.
+    """
 
     tree: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def begin(cls, header: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> "Results":
@@ -45,7 +53,8 @@ class Results:
     def go_on(self, wanted: "Results", path: Path, *, keeps_others: bool) -> None:
         """Take up what `wanted` asks for beyond what is here. Raises ConfigError where this is of something else.
 
-        keeps_others: models that are not wanted stay; otherwise they make it something else.
+        keeps_others: checkpoints of the run that `wanted` is of stay where they are not wanted; otherwise, as those of
+        another run, they make it something else.
         """
         for key, name in SAME.items():
             if self.tree.get(key) != wanted.tree[key]:
@@ -57,11 +66,14 @@ class Results:
         here = [model["manifest_checksum"] for model in self.tree["models"]]
         there = [model["manifest_checksum"] for model in wanted.tree["models"]]
         strangers = [model for model in self.tree["models"] if model["manifest_checksum"] not in there]
-        if strangers and not keeps_others:
-            raise ConfigError(
-                f"{path} holds results of another model, {strangers[0]['checkpoint']} at step {strangers[0]['step']}: "
-                "add --overwrite to start anew, or choose another --out"
-            )
+        of_run = self._those_of_the_run(strangers, wanted) if keeps_others else []
+        for model in strangers:
+            if model not in of_run:
+                raise ConfigError(
+                    f"{path} holds results of another model, {model['checkpoint']} at step {model['step']}: add "
+                    "--overwrite to start anew, or choose another --out"
+                )
+        self._leave_out_outdated(strangers, wanted, path)
         # Of what is not there any more, or not asked for, only what is whole is worth keeping.
         self.tree["models"] = [
             model for model in self.tree["models"] if model["is_complete"] or model["manifest_checksum"] in there
@@ -71,6 +83,44 @@ class Results:
                 self._add({key: value for key, value in model.items() if key not in ("is_complete", "sets")})
         self.tree["models"].sort(key=lambda model: model["step"])
         self._settle()
+
+    def _those_of_the_run(
+        self, strangers: Sequence[dict[str, Any]], wanted: "Results"
+    ) -> list[dict[str, Any]]:
+        """Those whose checkpoint lies, or lay, beside the wanted ones.
+
+        A run that was moved, or is named from elsewhere, is known by a checkpoint that is wanted and here already: all
+        of its run lay beside that, where nothing lies now. (Else it is a copy, which has gone its own way.)
+        """
+        there = {model["manifest_checksum"] for model in wanted.tree["models"]}
+        places = {_folder_of(model).resolve() for model in wanted.tree["models"]}
+        former = {_folder_of(model) for model in self.tree["models"] if model["manifest_checksum"] in there}
+        former = {folder for folder in former if not folder.exists()}
+        found = []
+        for model in strangers:
+            if _folder_of(model).resolve() not in places:
+                if _folder_of(model) not in former:
+                    continue
+                now = _folder_of(wanted.tree["models"][0]) / Path(model["checkpoint"]).name
+                model.update(checkpoint=str(now), folder=str(now))
+            found.append(model)
+        return found
+
+    def _leave_out_outdated(
+        self, strangers: Sequence[Mapping[str, Any]], wanted: "Results", path: Path
+    ) -> None:
+        """A step that was saved anew has other weights, and so have all after it: the run went another way there."""
+        steps = {model["step"] for model in wanted.tree["models"]} & {model["step"] for model in strangers}
+        if not steps:
+            return
+        gone = [model for model in strangers if model["step"] >= min(steps)]
+        self.tree["models"] = [model for model in self.tree["models"] if model not in gone]
+        if any(model["is_complete"] for model in gone):
+            told = ", ".join(str(model["step"]) for model in gone if model["is_complete"])
+            self.notes.append(
+                f"{path} held results of step{'s' if ',' in told else ''} {told} from before the run saved step "
+                f"{min(steps)} anew: they are left out, for their weights are not the run's any more"
+            )
 
     @property
     def is_complete(self) -> bool:
@@ -138,7 +188,35 @@ def read_results(path: Path) -> Results | None:
         raise OutputError(
             f"{path} is of version {tree.get('version')}, this megamoe writes {VERSION}: choose another --out"
         )
+    try:
+        _touch(tree)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        raise OutputError(
+            f"{path} is damaged: not all that results of an evaluation hold is there: choose another --out, or add "
+            "--overwrite to start anew"
+        ) from None
     return Results(tree)
+
+
+def _touch(tree: Mapping[str, Any]) -> None:
+    """Whatever is read of results later. Fails with any of Python's own errors where something is not as written."""
+    table(tree)
+    for model in tree["models"]:
+        if not set(_MODEL_KEYS) <= model.keys() or type(model["step"]) is not int:
+            raise LookupError
+        for each, text in zip(model["sets"], tree["sets"], strict=True):
+            if (each["name"], each["domain"]) != (text["name"], text["domain"]):
+                raise LookupError
+            if not each["is_complete"]:
+                Results.progress(each)
+            elif not set_result(Sums(num_tokens=1), num_documents=1, num_text_bytes=1).keys() <= each.keys():
+                raise LookupError
+        if model["is_complete"]:
+            summary(model["sets"])
+
+
+def _folder_of(model: Mapping[str, Any]) -> Path:
+    return Path(model["checkpoint"]).parent
 
 
 def _s(name: str) -> str:

@@ -6,7 +6,7 @@ its sums ends as one that was never broken off. JSON has no infinities and no Na
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megamoe.evaluation.windows import Window
@@ -64,7 +64,9 @@ class Sums:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "Sums":
-        return cls(**{**tree, **{key: math.nan for key in _MAY_DIVERGE if tree[key] is None}})
+        """What `to_json` gave. Raises KeyError where one is missing."""
+        kept = {each.name: tree[each.name] for each in fields(cls)}
+        return cls(**kept | {key: math.nan for key in _MAY_DIVERGE if kept[key] is None})
 
     @property
     def standard_error(self) -> float | None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,92 @@ def test_what_was_begun_of_a_checkpoint_that_is_another_now_is_begun_anew(tmp_pa
     again = taken_up(Results.begin(HEADER, [model(10, "new")]), path, overwrite=False, keeps_others=True)
     assert [entry["manifest_checksum"] for entry, _ in again.waiting()] == ["new10"]
     assert Results.progress(again.tree["models"][0]["sets"][0])[0].num_tokens == 0
+
+
+def of_run(run, step: int, checksum: str = "c") -> dict:
+    """As of a run in the folder `run`, which is there."""
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return model(step, checksum) | {"checkpoint": str(run / "checkpoints" / f"step_{step:08d}")}
+
+
+def test_a_curve_is_of_one_run(tmp_path):
+    path = tmp_path / "curve.json"
+    before = finished(path, [of_run(tmp_path / "one", 5), of_run(tmp_path / "one", 10)])
+    other = Results.begin(HEADER, [of_run(tmp_path / "other", 5, "d"), of_run(tmp_path / "other", 10, "d")])
+    with pytest.raises(ConfigError) as caught:
+        taken_up(other, path, overwrite=False, keeps_others=True)
+    assert str(caught.value) == (
+        f"{path} holds results of another model, {tmp_path}/one/checkpoints/step_00000005 at step 5: add --overwrite "
+        "to start anew, or choose another --out"
+    )
+    # A copy of the run that was trained on is another one, too, though both have a checkpoint in common.
+    copied = Results.begin(HEADER, [of_run(tmp_path / "copy", 5), of_run(tmp_path / "copy", 15, "d")])
+    with pytest.raises(ConfigError, match="at step 10: add --overwrite"):
+        taken_up(copied, path, overwrite=False, keeps_others=True)
+    assert read_results(path).tree == before.tree
+
+
+def test_a_run_that_was_moved_or_is_named_otherwise_keeps_its_curve(tmp_path, monkeypatch):
+    path, run = tmp_path / "curve.json", tmp_path / "runs" / "one"
+    finished(path, [of_run(run, 5), of_run(run, 10)])
+    monkeypatch.chdir(tmp_path / "runs")
+    relative = Path("../runs/one/checkpoints/step_00000015")
+    wanted = Results.begin(HEADER, [model(15) | {"checkpoint": str(relative)}])
+    found = taken_up(wanted, path, overwrite=False, keeps_others=True)
+    assert [entry["step"] for entry in found.tree["models"]] == [5, 10, 15] and found.notes == []
+    run.rename(tmp_path / "runs" / "moved")
+    moved = [of_run(tmp_path / "runs" / "moved", step) for step in (10, 15)]
+    found = taken_up(Results.begin(HEADER, moved), path, overwrite=False, keeps_others=True)
+    assert [entry["checkpoint"] for entry in found.tree["models"]] == [
+        str(tmp_path / "runs" / "moved" / "checkpoints" / f"step_{step:08d}") for step in (5, 10, 15)
+    ]
+    assert [entry["step"] for entry, _ in found.waiting()] == [15]
+
+
+def test_results_of_a_step_that_was_saved_anew_are_left_out_with_those_after_it(tmp_path):
+    path, run = tmp_path / "curve.json", tmp_path / "run"
+    finished(path, [of_run(run, step, "old") for step in (5, 10, 15)])
+    wanted = Results.begin(HEADER, [of_run(run, 10, "new"), of_run(run, 20, "new")])
+    found = taken_up(wanted, path, overwrite=False, keeps_others=True)
+    assert [entry["manifest_checksum"] for entry in found.tree["models"]] == ["old5", "new10", "new20"]
+    assert found.notes == [
+        f"{path} held results of steps 10, 15 from before the run saved step 10 anew: they are left out, for their "
+        "weights are not the run's any more"
+    ]
+    assert "notes" not in found.tree
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tree: tree.pop("models"),
+        lambda tree: tree["models"][0].pop("manifest_checksum"),
+        lambda tree: tree["models"][0].update(step="5"),
+        lambda tree: tree["models"][0]["sets"].pop(),
+        lambda tree: tree["models"][0]["sets"][0].pop("num_computed_tokens"),
+        lambda tree: tree["models"][0]["sets"][1]["progress"].pop("next_unit"),
+        lambda tree: tree["models"][0]["sets"][1]["progress"]["sums"].pop("nats"),
+        lambda tree: tree["models"][0]["sets"][1]["progress"]["sums"].pop("num_tokens"),
+        lambda tree: tree["models"][0]["sets"][1]["progress"].update(sums=[]),
+        lambda tree: tree.update(models=[1]),
+        lambda tree: tree.pop("layout"),
+    ],
+)
+def test_a_file_that_is_damaged_is_answered_in_one_sentence(spoil, tmp_path):
+    path = tmp_path / "results.json"
+    results = Results.begin(HEADER, [model(5)])
+    results.finish_set(results.tree["models"][0], 0, result(10.0, 5, 20))
+    results.keep_progress(results.tree["models"][0], 1, Sums(nats=1.0, num_tokens=3), (7, 2))
+    results.write(path)
+    assert read_results(path).tree == results.tree
+    spoil(results.tree)
+    path.write_text(json.dumps(results.tree))
+    with pytest.raises(OutputError) as caught:
+        read_results(path)
+    assert str(caught.value) == (
+        f"{path} is damaged: not all that results of an evaluation hold is there: choose another --out, or add "
+        "--overwrite to start anew"
+    )
 
 
 @pytest.mark.parametrize("content", ["{}", "[1", '{"format": "megamoe-evaluation", "version": 9}'])
