@@ -48,12 +48,13 @@ def add_generate_commands(commands: Any) -> None:
 def _generate(options: argparse.Namespace) -> int:
     from megamoe.inference.launching import compute_on_ranks
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.inference.tokenizer import names_tokenizer
     from megamoe.launch.environment import rank_environment
     from megamoe.launch.refusal import refused
 
     environment = rank_environment()  # before a world of one is made of this process
     try:
-        with model_checkpoint(options.model) as checkpoint:
+        with model_checkpoint(options.model, keeps_tokenizer=not names_tokenizer(options.overrides)) as checkpoint:
             return compute_on_ranks(
                 "megamoe.generation.worker:run_rank", lambda num_ranks: _prepare(options, checkpoint, num_ranks),
                 local_ranks=options.local_ranks,
@@ -65,6 +66,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> Any:
     from megamoe.data.tokenizers import tokenizer_of_model
     from megamoe.inference.settings import forward_config
+    from megamoe.inference.tokenizer import notes_of_tokenizer
     from megamoe.launch.environment import rank_environment
 
     if options.prompts == "-" and rank_environment().world_size > 1:
@@ -74,6 +76,8 @@ def _prepare(options: argparse.Namespace, checkpoint: Path, num_ranks: int) -> A
     texts = _given(options.prompt) if options.prompt else _read(options.prompts)
     config = forward_config(checkpoint, options.overrides, num_ranks=num_ranks)
     tokenizer = tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
+    for note in notes_of_tokenizer(tokenizer, config.model.vocab_size) if rank_environment().rank == 0 else ():
+        print(f"megamoe: note: {note}", file=sys.stderr)
     context = config.model.seq_length
     prompts = []
     for where, text in texts:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 usage, a task or data that is not as it should be. Results
 
 import argparse
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,6 @@ def add_prime_commands(commands: Any) -> None:
 
 def _prime(options: argparse.Namespace) -> int:
     from megamoe.inference.launching import compute_on_ranks
-    from megamoe.inference.sources import model_checkpoint
     from megamoe.launch.environment import rank_environment
     from megamoe.launch.refusal import refused
     from megamoe.priming.prompts import check
@@ -89,18 +89,26 @@ def _prime(options: argparse.Namespace) -> int:
 
     environment = rank_environment()  # before a world of one is made of this process
     try:
-        with model_checkpoint(options.model, scratch=options.scratch) as checkpoint:
+        with _model(options) as checkpoint:
             return compute_on_ranks("megamoe.priming.worker:run_rank", prepare, local_ranks=options.local_ranks)
     except MegamoeError as error:
         return refused(error, environment)
 
 
-def _write_lm_eval(options: argparse.Namespace) -> int:
+def _model(options: argparse.Namespace) -> AbstractContextManager[Path]:
     from megamoe.inference.sources import model_checkpoint
+    from megamoe.inference.tokenizer import names_tokenizer
+
+    return model_checkpoint(
+        options.model, scratch=options.scratch, keeps_tokenizer=not names_tokenizer(options.overrides)
+    )
+
+
+def _write_lm_eval(options: argparse.Namespace) -> int:
     from megamoe.priming.lm_eval_tasks import write_lm_eval_tasks
 
     settings = _settings(options)
-    with model_checkpoint(options.model, scratch=options.scratch) as checkpoint:
+    with _model(options) as checkpoint:
         config = _config(checkpoint, options, 1)
         for name in write_lm_eval_tasks(settings, config, options.write_lm_eval):
             print(name)
@@ -136,6 +144,8 @@ def _config(checkpoint: Path, options: argparse.Namespace, num_ranks: int) -> "C
     """Raises ConfigError, and DataError where the tokenizer is missing or has more ids than the model."""
     from megamoe.data.tokenizers import tokenizer_of_model
     from megamoe.inference.settings import forward_config
+    from megamoe.inference.tokenizer import notes_of_tokenizer
+    from megamoe.launch.environment import rank_environment
 
     for override in options.overrides:
         if override.startswith("moe.eval_capacity_"):
@@ -144,7 +154,9 @@ def _config(checkpoint: Path, options: argparse.Namespace, num_ranks: int) -> "C
                 "depend on those beside it"
             )
     config = forward_config(checkpoint, (*_DEFAULTS, *options.overrides), num_ranks=num_ranks)
-    tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
+    tokenizer = tokenizer_of_model(config.data.tokenizer, config.model.vocab_size)
+    for note in notes_of_tokenizer(tokenizer, config.model.vocab_size) if rank_environment().rank == 0 else ():
+        print(f"megamoe: note: {note}", file=sys.stderr)
     return config
 
 

@@ -12,7 +12,7 @@ from megamoe.convert.from_hf import import_
 from megamoe.convert.hf_tables import conversion, from_hf_config
 from megamoe.convert.imported_tokenizer import with_tokenizer
 from megamoe.convert.workers import BytesDone
-from megamoe.errors import ConversionError
+from megamoe.errors import ConversionError, DataError
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 24
@@ -43,7 +43,12 @@ def import_folder(
     their_config = read_hf_config(folder)
     config, files = from_hf_config(their_config), {}
     if keeps_tokenizer:
-        config, files = with_tokenizer(config, folder, out)
+        try:
+            config, files = with_tokenizer(config, folder, out)
+        except (ConversionError, DataError) as error:
+            raise type(error)(
+                f"{error}; one can be named, as in data.tokenizer.kind=… data.tokenizer.path=…"
+            ) from None
     source = open_source(folder)
     try:
         table = conversion(config, their_config, stored=source.tensors)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+from safetensors.numpy import load_file, save_file
 
 from megamoe.cli import main
 from megamoe.config.loading import load_config
@@ -50,10 +53,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def started(site: Path, *arguments: str, first_path: Path | None = None) -> subprocess.Popen[str]:
+def started(site: Path, *arguments: str, first_path: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     places = [first_path, Path(__file__).parents[2]]
     search = os.pathsep.join(str(place) for place in places if place is not None)
-    environment = dict(os.environ) | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ) | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"} | variables
     return subprocess.Popen(
         [sys.executable, "-m", "megamoe", "evaluate", *arguments], cwd=site, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -153,7 +156,43 @@ def test_a_hugging_face_folder_and_several_ranks_say_the_same(site, whole):
             assert ours[key] == one_rank[key]
 
 
-def test_every_checkpoint_of_a_run_is_scored_into_one_file(site, whole, tmp_path):
+def test_the_same_command_goes_on_from_a_hugging_face_folders_results(site, tmp_path, capsys, monkeypatch):
+    """Its tokenizer is a file, which lies in another folder at each import."""
+    shutil.copytree(site / "hf", tmp_path / "hf")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT.format(i) for i in range(50)]), model_prefix=str(tmp_path / "hf" / "tokenizer"),
+        vocab_size=50, model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "t.txt").write_text(TEXT)
+    command = ("hf", "--text", "t.txt", "--reading", "documents", "--out", "h.json")
+    first = evaluated(tmp_path, *command)
+    again = evaluated(tmp_path, *command)
+    assert again["models"][0]["sets"] == first["models"][0]["sets"], "seconds included: nothing is computed again"
+    assert again["is_complete"] and first["tokenizer"]["kind"] == "sentencepiece"
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights[min(weights)][0] += 1
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    assert refusal(tmp_path, capsys, monkeypatch, *command) == (
+        "h.json holds results of another model, hf at step 0: add --overwrite to start anew, or choose another --out"
+    )
+
+
+def test_sigterm_ends_an_evaluation_and_removes_what_it_has_imported(site, tmp_path):
+    """In the middle of the scoring, in one process."""
+    arguments = ("hf", "--sets", "sets.yaml", "--out", str(tmp_path / "h.json"), "--save-interval", "0")
+    process = started(site, *arguments, "data.tokenizer.kind=byte", TMPDIR=str(tmp_path))
+    give_up = time.monotonic() + TIMEOUT_SECONDS
+    while not ((tmp_path / "h.json").exists() and "progress" in (tmp_path / "h.json").read_text()):
+        assert time.monotonic() < give_up and process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    assert any(path.name.startswith("megamoe-imported-") for path in tmp_path.iterdir())
+    process.terminate()
+    _, error = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 143 and "Traceback" not in error
+    assert not any(path.name.startswith("megamoe-imported-") for path in tmp_path.iterdir())
+
+
+def test_every_checkpoint_of_a_run_is_scored_into_one_file(site, whole, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     checkpoints_path(run).mkdir(parents=True)
     kept = checkpoints_path(site / "run") / checkpoint_name(0)
@@ -177,6 +216,15 @@ def test_every_checkpoint_of_a_run_is_scored_into_one_file(site, whole, tmp_path
     assert Path(other["folder"]).name == checkpoint_name(7)
     alone = evaluated(site, str(checkpoints_path(run) / checkpoint_name(7)), "--text", str(site / "text.txt"))
     assert without_times(alone["models"][0]["sets"]) == without_times(other["sets"]) != without_times(one["sets"])
+    # Nothing of another run stands in the file; a step that was saved anew takes the place of the old one.
+    assert refusal(site, capsys, monkeypatch, "run", "--every", *arguments).startswith(
+        f"{tmp_path}/curve.json holds results of another model, {run}/checkpoints/step_"
+    )
+    (checkpoints_path(run) / checkpoint_name(9)).rename(tmp_path / "old")
+    (checkpoints_path(run) / checkpoint_name(7)).rename(checkpoints_path(run) / checkpoint_name(9))
+    again = evaluated(site, str(run), "--every", *arguments)
+    assert [Path(model["checkpoint"]).name for model in again["models"]] == [checkpoint_name(0), checkpoint_name(9)]
+    assert without_times(again["models"][1]["sets"]) == without_times(other["sets"])
 
 
 def test_what_cannot_be_is_said_in_one_sentence(site, whole, capsys, monkeypatch, tmp_path):
