@@ -20,8 +20,6 @@ SAME = {
     "sets": "the sets", "capacity": "the capacity of experts", "layout": "the layout", "precision": "the precision",
     "device": "the device", "tokenizer": "the tokenizer",
 }  # fmt: skip
-
-
 _MODEL_KEYS = ("checkpoint", "folder", "manifest_checksum", "step", "is_complete", "sets")
 
 
@@ -84,9 +82,7 @@ class Results:
         self.tree["models"].sort(key=lambda model: model["step"])
         self._settle()
 
-    def _those_of_the_run(
-        self, strangers: Sequence[dict[str, Any]], wanted: "Results"
-    ) -> list[dict[str, Any]]:
+    def _those_of_the_run(self, strangers: Sequence[dict[str, Any]], wanted: "Results") -> list[dict[str, Any]]:
         """Those whose checkpoint lies, or lay, beside the wanted ones.
 
         A run that was moved, or is named from elsewhere, is known by a checkpoint that is wanted and here already: all
@@ -106,9 +102,7 @@ class Results:
             found.append(model)
         return found
 
-    def _leave_out_outdated(
-        self, strangers: Sequence[Mapping[str, Any]], wanted: "Results", path: Path
-    ) -> None:
+    def _leave_out_outdated(self, strangers: Sequence[Mapping[str, Any]], wanted: "Results", path: Path) -> None:
         """A step that was saved anew has other weights, and so have all after it: the run went another way there."""
         steps = {model["step"] for model in wanted.tree["models"]} & {model["step"] for model in strangers}
         if not steps:
