@@ -105,7 +105,7 @@ def test_a_folder_without_a_tokenizer_is_used_with_one_that_is_named(command, pi
         "evaluate": ["--text", "gone.txt"], "generate": ["--prompt", "a word " * 90], "prime": ["--task", "task.yaml"],
     }[command]  # fmt: skip
     asked = {
-        "evaluate": "no file matches gone.txt", "generate": "prompt 0 has", "prime": "gone.jsonl",
+        "evaluate": "no file matches gone.txt", "generate": "tokens: the model continues up to", "prime": "gone.jsonl",
     }[command]  # fmt: skip
     assert main([command, "hf", *arguments]) == 2
     error = capsys.readouterr().err
