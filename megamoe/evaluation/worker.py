@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from megamoe.evaluation.sums import Sums, set_result
 from megamoe.evaluation.table import shown
 from megamoe.evaluation.together import first_ranks_text, on_first_rank
 from megamoe.inference.model import ForwardModel
+from megamoe.printing import printing
 from megamoe.progress import StatusLine
 from megamoe.training.restore import load_model
 
@@ -81,7 +82,8 @@ class Evaluation:
     def show(self) -> None:
         """To stdout, on the first rank."""
         if self.speaks:
-            print(shown(self.results.tree, as_json=self.payload["json"]), flush=True)
+            with suppress(BrokenPipeError), printing():  # all is done: who reads no more has seen enough
+                print(shown(self.results.tree, as_json=self.payload["json"]), flush=True)
 
     def _score(self, entry: dict[str, Any], number: int, opened: OpenSet, which: str) -> None:
         sums, place = Results.progress(entry["sets"][number])

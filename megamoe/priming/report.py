@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megamoe.config.schema import Config
 from megamoe.priming.metrics import summary
 from megamoe.priming.results import FORMAT, sample_lines, write_whole
 from megamoe.priming.settings import PrimingSettings
+from megamoe.printing import printing
 
 _COLUMNS = (
     ("task", "{}"), ("num_shots", "{}"), ("num_draws", "{}"), ("num_examples", "{}"), ("accuracy", "{:.4f}"),
@@ -42,7 +44,8 @@ def finish(
         print(note, file=sys.stderr)
     if num_reused:
         print(f"{num_reused} of {len(parts)} passes were done before, and read from {payload['out']}", file=sys.stderr)
-    print(text if payload["json"] else table(tree["results"]), end="", flush=True)
+    with suppress(BrokenPipeError), printing():  # all is done: who reads no more has seen enough
+        print(text if payload["json"] else table(tree["results"]), end="", flush=True)
 
 
 def result(

@@ -12,6 +12,7 @@ from megamoe.checkpoint.files import replace_file
 from megamoe.checkpoint.outputs import writing
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.errors import OutputError
+from megamoe.inference.identity import model_digest
 from megamoe.runs.json_lines import append_json_line, read_json_lines
 
 FORMAT = "megamoe-priming-1"
@@ -36,13 +37,7 @@ def model_identity(checkpoint: Path) -> dict[str, Any]:
     """Step, and a digest of the model's settings and weights, the same wherever the checkpoint lies."""
     with Checkpoint.open(checkpoint) as opened:
         manifest = opened.manifest
-    weights = [
-        [entry.name, entry.dtype, entry.shape, [[s.box, s.first, s.last, s.checksums] for s in entry.slices]]
-        for entry in manifest.tensors.values()
-        if entry.kind in ("weight", "balance_bias")
-    ]
-    settings = {key: manifest.config[key] for key in ("model", "moe")}
-    return {"step": manifest.step, "digest": digest([settings, weights])}
+    return {"step": manifest.step, "digest": model_digest(manifest)}
 
 
 def digest(tree: Any) -> str:
