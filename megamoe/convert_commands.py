@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from megamoe.convert.links import Conversion
     from megamoe.convert.workers import BytesDone
 
-_CHECKPOINT_HELP = "a checkpoint's folder, or a run's: then its newest checkpoint"
 _STORED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
@@ -28,7 +27,7 @@ def add_convert_commands(commands: Any) -> None:
     parser = commands.add_parser("convert", help=summary, description=f"{summary.capitalize()}.")
     inner = parser.add_subparsers(metavar="COMMAND", required=True)
     to_hf = _add(inner, "to-hf", _to_hf, "write a checkpoint as a Hugging Face folder")
-    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=_CHECKPOINT_HELP)
+    _add_checkpoint(to_hf)
     to_hf.add_argument("out", metavar="OUT", type=Path, help="the new folder; it must not exist")
     to_hf.add_argument("--architecture", metavar="CLASS", help="default: the native class that fits exactly, else ours")
     to_hf.add_argument(
@@ -61,7 +60,7 @@ def add_convert_commands(commands: Any) -> None:
             )  # fmt: skip
         _add_writing(command)
     verify = _add(inner, "verify", _verify, "compare the logits of a checkpoint and a Hugging Face folder")
-    verify.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=_CHECKPOINT_HELP)
+    _add_checkpoint(verify)
     verify.add_argument("folder", metavar="FOLDER", type=Path, help="the Hugging Face folder")
 
 
@@ -72,6 +71,24 @@ def _add(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentP
     return parser
 
 
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint's folder, or a run's: then its newest one"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="of a fine-tuning's run: the checkpoint of its best validation"
+    )
+
+
+def _checkpoint_of(options: argparse.Namespace) -> Path:
+    from megamoe.checkpoint.folders import best_checkpoint, resolve_checkpoint
+
+    found = (best_checkpoint if options.best else resolve_checkpoint)(options.checkpoint)
+    if found != options.checkpoint and not options.json:
+        _say(f"{'best' if options.best else 'newest'} checkpoint: {found}")
+    return found
+
+
 def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights written; default: as stored")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core, at most 4")
@@ -79,14 +96,13 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
-    from megamoe.checkpoint.folders import resolve_checkpoint
     from megamoe.checkpoint.reader import Checkpoint
     from megamoe.checkpoint.reshard import config_of
     from megamoe.convert.export_files import export_files, lines_of, tokenizer_files
     from megamoe.convert.hf_tables import choose_architecture, conversion, to_hf_config
     from megamoe.convert.to_hf import export
 
-    checkpoint = resolve_checkpoint(options.checkpoint)
+    checkpoint = _checkpoint_of(options)
     with Checkpoint.open(checkpoint) as opened:
         config, manifest = config_of(opened), opened.manifest
     stored = _stored_dtype(manifest.tensors)
@@ -169,9 +185,7 @@ def _from_old(options: argparse.Namespace, open_: Callable[..., tuple[Any, "Conv
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megamoe.checkpoint.folders import resolve_checkpoint
-
-    checkpoint = resolve_checkpoint(options.checkpoint)
+    checkpoint = _checkpoint_of(options)
     try:
         result = _compare(checkpoint, options.folder, dtype=_rounding_of_folder(checkpoint, options.folder))
     except ConversionError as error:

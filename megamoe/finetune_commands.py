@@ -6,6 +6,8 @@ written into its configuration, so that the same command goes on with it.
 
 import argparse
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -116,20 +118,32 @@ def _base(start: Path, config: "Config", environment: "RankEnvironment", *, leav
 def _check_source(folder: Path, out: Path) -> None:
     """What was imported before must be of this folder. Raises ConfigError."""
     from megamoe.checkpoint.files import read_small
+    from megamoe.checkpoint.folders import complete_checkpoints
     from megamoe.checkpoint.strict_json import loads
 
     record = out / "conversion.json"
-    source = loads(read_small(record, MAX_RECORD_BYTES), str(record))["source"]["folder"]
-    if Path(source).resolve() != folder.resolve():
+    try:
+        source = loads(read_small(record, MAX_RECORD_BYTES), str(record))["source"]["folder"]
+        is_same = Path(source).resolve() == folder.resolve()
+    except (CheckpointError, LookupError, TypeError, ValueError):  # a record of something else, or of nothing
+        raise ConfigError(
+            f"{out} exists, but no {record.name} in it says that it was imported from {folder}: choose another "
+            "run.dir, or remove that folder"
+        ) from None
+    if not is_same:
         raise ConfigError(
             f"{out} was imported from {source}, not from {folder}: choose another run.dir, or remove that folder"
         )
+    if not complete_checkpoints(out / "checkpoints"):
+        raise ConfigError(f"{out} holds no checkpoint any more: remove that folder to import {folder} again")
 
 
 def _imported(
     folder: Path, out: Path, config: "Config", environment: "RankEnvironment", leave_tokenizer: bool
 ) -> Path:
     """`out`, a run's folder made of a Hugging Face one by the first rank; the others wait until it is complete."""
+    from megamoe.launch.server import die_with_parent
+
     if out.exists():
         _check_source(folder, out)
         return out
@@ -138,8 +152,14 @@ def _imported(
         # A process of its own: it needs torch, which must not be here before GPUs are shared out among the ranks.
         command = [sys.executable, "-m", "megamoe", "convert", "from-hf", str(folder), str(out)]
         command += ["--no-tokenizer"] if leave_tokenizer else []
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-        if done.returncode:
+        parent = os.getpid()
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", check=False,
+            preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent),
+        )  # fmt: skip
+        if done.returncode and out.exists():  # another process has imported it meanwhile
+            _check_source(folder, out)
+        elif done.returncode:
             lines = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
             reason = lines[-1].removeprefix("megamoe: ").removeprefix("error: ")
             raise ConversionError(f"{folder} cannot be imported: {reason}")
@@ -248,11 +268,10 @@ def _found_out(config: "Config", given: Sequence["Layer"]) -> list["Layer"]:
     if not finetune.train_files:
         return [Layer({"finetune": {"objective": objective}}, "finetune")]  # the checks say what is missing
     needs_labels = objective == "classification" and not config.model.num_labels
-    summary = summarize(finetune.train_files, with_labels=needs_labels)
+    summary = summarize(finetune.train_files, with_labels=needs_labels and not finetune.labels)
     if needs_labels:
-        names = finetune.labels or summary.labels
-        model = {"num_labels": len(names)}
-        labels = {} if finetune.labels or summary.are_numbers else {"labels": list(names)}
+        model = {"num_labels": len(finetune.labels or summary.labels)}
+        labels = {} if finetune.labels or summary.are_numbers else {"labels": list(summary.labels)}
     epoch_steps = math.ceil(summary.num_examples / config.run.global_batch_size)
     num_steps, epochs = config.run.num_steps, finetune.num_epochs
     if place_of("run", "num_steps") > place_of("finetune", "num_epochs"):  # what is said last wins

@@ -18,10 +18,11 @@ from pathlib import Path
 from megamoe.checkpoint import faults
 from megamoe.checkpoint.files import read_small, replace_file, saving, sync_folder, temporary_name
 from megamoe.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES
-from megamoe.checkpoint.strict_json import unseal
+from megamoe.checkpoint.strict_json import loads, unseal
 from megamoe.errors import CheckpointError, ConfigError
 
 LATEST, NEXT = "latest", "latest.next"
+FINETUNE_RECORD = "finetune.json"  # in a run's folder: which checkpoint of a fine-tuning is the best
 _PREFIX = "step_"
 _HIDDEN = re.compile(r"\.(step_[0-9]{8,})\.([A-Za-z0-9_-]{1,64})\.(partial|aside|removed)")
 
@@ -69,6 +70,23 @@ def resolve_checkpoint(path: Path) -> Path:
         if found:
             return found[0]
     raise ConfigError(f"{path} is no checkpoint, and no folder with checkpoints")
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint of a fine-tuning's best validation. Raises ConfigError where its folder names none that is there.
+    """
+    record = run / FINETUNE_RECORD
+    try:
+        step = loads(read_small(record, MAX_MANIFEST_BYTES), str(record))["best_step"]
+        found = run / "checkpoints" / checkpoint_name(step)
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"no {record} names a best checkpoint: --best is for the folder of a fine-tuning that validated and has "
+            "ended; else name a checkpoint's folder"
+        ) from None
+    if not (found / MANIFEST).exists():
+        raise ConfigError(f"{found}, the best checkpoint by {record}, is not there any more: name another one's folder")
+    return found
 
 
 def latest_name(root: Path) -> str | None:

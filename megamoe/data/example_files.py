@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.config.schema import Config
-from megamoe.data.json_text import json_object, text_of
+from megamoe.data.json_text import check_text, json_object, text_of
 from megamoe.errors import DataError
 
 _SHOWN_LABELS = 12
@@ -31,7 +31,7 @@ class Record:
 @dataclass(frozen=True)
 class Summary:
     """How many examples files hold, and the labels in them where they were asked for: names in alphabetical order, or
-    numbers up to the largest as texts; none where no line has one."""
+    numbers up to the largest as texts."""
 
     num_examples: int
     labels: tuple[str, ...]
@@ -52,22 +52,30 @@ def read_records(paths: Sequence[str], config: Config) -> Iterator[Record]:
 
 def summarize(paths: Sequence[str], *, with_labels: bool) -> Summary:
     """Count the examples and collect their labels. Raises DataError for files that cannot be read, or hold none, and,
-    with_labels, for a label that is none."""
-    count, found = 0, set()
+    with_labels, for a line without a label or with one that is none, and for labels that are no two classes."""
+    count, found = 0, {}
     for where, tree in _objects(paths):
         count += 1
-        if with_labels and "label" in tree:
+        if with_labels:
             label = _label(where, tree)
             if isinstance(label, int) and label >= MAX_CLASSES:
                 raise DataError(
                     f"{where}: the label {label} is too large: numbers count the classes from 0, of which there may be "
                     f"{MAX_CLASSES}; write names as texts"
                 )
-            found.add(label)
-    are_numbers = bool(found) and all(isinstance(label, int) for label in found)
-    if are_numbers:
-        return Summary(count, tuple(str(number) for number in range(max(found) + 1)), True)
-    return Summary(count, tuple(sorted(str(label) for label in found)), False)
+            if found.setdefault(str(label), label) != label:
+                raise DataError(
+                    f"{where}: the label {json.dumps(label)} stands in an earlier line as "
+                    f"{json.dumps(found[str(label)])}: write it always as a number, or always as a text"
+                )
+    are_numbers = bool(found) and all(isinstance(label, int) for label in found.values())
+    names = [str(number) for number in range(max(found.values()) + 1)] if are_numbers else sorted(found)
+    if with_labels and len(names) < 2:
+        raise DataError(
+            f'every line of {", ".join(paths)} has the label "{names[0]}": write examples of another class, too, or '
+            "name all classes in finetune.labels"
+        )
+    return Summary(count, tuple(names), are_numbers)
 
 
 def _objects(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -110,6 +118,8 @@ def _label(where: str, tree: dict[str, Any]) -> int | str:
     label = tree["label"]
     if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
         raise DataError(f'{where}: "label" is {json.dumps(label)[:80]}: it must be a name, or a number from 0')
+    if isinstance(label, str):
+        check_text(where, "label", label)
     return label
 
 

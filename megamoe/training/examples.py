@@ -1,6 +1,7 @@
 """Validating on all examples of a task, and keeping the checkpoint of the best validation."""
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megamoe.checkpoint.files import replace_file
+from megamoe.checkpoint.folders import FINETUNE_RECORD
 from megamoe.data.batches import BatchPlan
 from megamoe.data.examples import ExampleDataset
 from megamoe.phases import phase
@@ -18,8 +20,6 @@ from megamoe.training.hooks import BaseHook, Record
 from megamoe.training.loop import local_batch
 from megamoe.training.saving import CheckpointSaver, Note
 from megamoe.training.step import StepResult
-
-RESULTS_FILE = "finetune.json"
 
 
 @torch.no_grad()
@@ -113,9 +113,10 @@ class BestKeeper(BaseHook):
             "best_checkpoint": (root / checkpoint_name(step)).relative_to(run_dir).as_posix(), "best_step": step,
             best.metric: best.value, "last_step": trainer.step, "stopped_early": trainer.has_stopped_early,
         }  # fmt: skip
-        replace_file(run_dir / RESULTS_FILE, (json.dumps(results, indent=2) + "\n").encode())
+        replace_file(run_dir / FINETUNE_RECORD, (json.dumps(results, indent=2) + "\n").encode())
         why = f" after {best.num_since} validations without a better one" if trainer.has_stopped_early else ""
+        export = shlex.join(["megamoe", "convert", "to-hf", str(run_dir), f"{run_dir}_hf", "--best"])
         self.note(
             "best", f"ended{why}; the best validation, {best.metric} {best.value:.6g}, was after step {step}: "
-            f"{root / checkpoint_name(step)}", step=step, value=best.value,
+            f"{root / checkpoint_name(step)}, for Hugging Face by `{export}`", step=step, value=best.value,
         )  # fmt: skip

@@ -161,6 +161,9 @@ MISTAKES = {
     "a text task with labels": (
         "{prompts} finetune.objective=classification model.num_labels=2", r"line 1: no key 'text'"
     ),
+    "a text task without labels": (
+        "{prompts} finetune.objective=classification", r'line 1 has no "label": its keys are prompt, completion'
+    ),
     "a file that is none": ("finetune.train_files=[nowhere.jsonl]", r"cannot read nowhere.jsonl: No such file"),
     "an empty file": ("finetune.train_files=[{empty}]", r"empty.jsonl holds no examples"),
     "too long": (

@@ -2,10 +2,12 @@
 what is frozen stays to the bit."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
+from megamoe import convert_commands
 from megamoe.checkpoint.reader import Checkpoint
 from megamoe.cli import main
 from megamoe.config.loading import load_config
@@ -112,9 +114,32 @@ def test_the_best_checkpoint_is_that_of_the_best_validation_and_survives(learned
     assert found["best_checkpoint"] == f"checkpoints/step_{best['step']:08d}"
     assert found["stopped_early"] and lines[-1]["step"] == best["step"] + 4 * 2 < config.run.num_steps
     events = (Path(config.run.dir) / "events.jsonl").read_text().splitlines()
-    assert any(event["kind"] == "best" and event["step"] == best["step"] for event in map(json.loads, events))
+    (event,) = (event for event in map(json.loads, events) if event["kind"] == "best")
+    assert event["step"] == best["step"] and f"{config.run.dir}/{found['best_checkpoint']}" in event["message"]
     # The same command finds nothing left to do.
     assert _completed_steps(config) == (lines[-1]["step"], True)
+
+
+def test_the_command_that_is_told_at_the_end_exports_the_best_checkpoint_not_the_newest(learned, capsys, monkeypatch):
+    run = learned["stops"].run.dir
+    events = map(json.loads, (Path(run) / "events.jsonl").read_text().splitlines())
+    (message,) = (event["message"] for event in events if event["kind"] == "best")
+    words = shlex.split(message.split("`")[1])
+    assert words == ["megamoe", "convert", "to-hf", run, f"{run}_hf", "--best"]
+    best, newest = (Path(run) / "checkpoints" / name for name in checkpoints(learned["stops"]))
+    assert main([*words[1:], "--no-verify"]) == 0
+    assert f"megamoe: best checkpoint: {best}\n" in capsys.readouterr().err
+    assert json.loads(Path(f"{run}_hf/conversion.json").read_text())["source"]["folder"] == str(best)
+    taken = []
+    monkeypatch.setattr(convert_commands, "_compare", lambda checkpoint, *_, **__: taken.append(checkpoint))
+    for options in (["--best"], []):
+        assert main(["convert", "verify", run, f"{run}_hf", "--json", *options]) == 0
+    assert taken == [best, newest]
+    capsys.readouterr()
+    for folder in (run + "_hf", str(best)):
+        assert main(["convert", "to-hf", folder, f"{run}_none", "--best"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"megamoe: error: no {folder}/finetune.json names a best") and error.count("\n") == 1
 
 
 def test_best_by_accuracy_is_the_first_of_the_highest(learned):

@@ -1,12 +1,14 @@
 """Which validation is the best, when to stop, and which checkpoint that keeps."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from megamoe.checkpoint.folders import checkpoint_name, prune
+from megamoe.checkpoint.folders import best_checkpoint, checkpoint_name, prune
 from megamoe.config.schema import FinetuneConfig
+from megamoe.errors import ConfigError
 from megamoe.training.best import BestValidation
 
 
@@ -62,3 +64,20 @@ def test_the_best_that_was_saved_is_spared(tmp_path: Path, keep_best, left):
         (tmp_path / checkpoint_name(step)).mkdir()
     prune(tmp_path, newest_step=50, save_id="a", keep_last=2, keep_every_steps=None, keep_best=keep_best)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint_name(step) for step in left]
+
+
+def test_the_best_checkpoint_of_a_run_is_the_one_its_record_names(tmp_path: Path):
+    for step in (8, 12):
+        (tmp_path / "checkpoints" / checkpoint_name(step)).mkdir(parents=True)
+        (tmp_path / "checkpoints" / checkpoint_name(step) / "manifest.json").touch()
+    record = tmp_path / "finetune.json"
+    for content in (None, "{", "[]", "{}", '{"best_step": null}', '{"best_step": "8"}'):
+        if content is not None:
+            record.write_text(content)
+        with pytest.raises(ConfigError, match=r"^no .*/finetune.json names a best checkpoint: --best is for"):
+            best_checkpoint(tmp_path)
+    record.write_text(json.dumps({"best_step": 8}))
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000008"
+    record.write_text(json.dumps({"best_step": 4}))
+    with pytest.raises(ConfigError, match=r"step_00000004, the best checkpoint by .*/finetune.json, is not there any"):
+        best_checkpoint(tmp_path)

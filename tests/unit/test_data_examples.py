@@ -157,12 +157,34 @@ def test_labels_are_found_in_the_files(tmp_path):
     path.write_text('{"text": "a", "label": "yes"}\n\n{"text": "b", "label": "no"}\n')
     found = summarize([str(path), str(path)], with_labels=True)
     assert (found.num_examples, found.labels, found.are_numbers) == (4, ("no", "yes"), False)
-    path.write_text('{"text": "a", "label": 3}\n{"text": "b"}\n')
+    path.write_text('{"text": "a", "label": 3}\n{"text": "b", "label": 0}\n')
     assert summarize([str(path)], with_labels=True).labels == ("0", "1", "2", "3")
     path.write_text('{"text": "a", "label": 4000000000}\n')
     with pytest.raises(DataError, match=r"task.jsonl, line 1: the label 4000000000 is too large: numbers count the"):
         summarize([str(path)], with_labels=True)
+    path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": "a"}\n')
+    found = summarize([str(path)], with_labels=True)
+    assert (found.labels, found.are_numbers) == (("0", "a"), False)
     # A task without classes may have any such key.
     path.write_text('{"text": "a", "label": null}\n')
     found = summarize([str(path)], with_labels=False)
     assert (found.num_examples, found.labels) == (1, ())
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"label": 0}, {"label": 1}, {"label": "0"}],
+         r'^\S*task.jsonl, line 3: the label "0" stands in an earlier line as 0: write it always as a number, or alw'),
+        ([{"label": "1"}, {"label": 1}], r'task.jsonl, line 2: the label 1 stands in an earlier line as "1": write it'),
+        ([{"text": "a"}], r'^\S*task.jsonl, line 1 has no "label": its keys are text$'),
+        ([{"label": "a"}, {"text": "a"}], r'task.jsonl, line 2 has no "label": its keys are text$'),
+        ([{"label": "a"}, {"label": "b\ud800"}], r"task.jsonl, line 2: 'label' holds a lone surrogate at character 1$"),
+        ([{"label": 0}, {"label": 0}], r'^every line of \S*task.jsonl has the label "0": write examples of another'),
+    ],
+)  # fmt: skip
+def test_labels_that_make_no_classes_are_said_by_file_and_line(tmp_path, lines, message):
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=message):
+        summarize([str(path)], with_labels=True)
