@@ -138,6 +138,18 @@ def collect_points(runs: Sequence[StudyRun], folder: Path, *, vocab_size: int | 
     return points
 
 
+def sets_without_loss(run: StudyRun, folder: Path) -> dict[tuple[str, str], list[int]]:
+    """Steps at which the model has no finite loss, by a set's name and domain. Raises OutputError as above."""
+    found: dict[tuple[str, str], list[int]] = {}
+    results = read_results(results_path(run, folder))
+    models = {} if results is None else _scored(run, results)
+    for step in run.eval_steps:
+        for each in models[step]["sets"] if step in models else ():
+            if each["nats_per_token"] is None:
+                found.setdefault((each["name"], each["domain"]), []).append(step)
+    return found
+
+
 def _scores(model: Mapping[str, Any]) -> dict[str, SetScore]:
     """By set. Domains with a set on which the model has no finite loss are left out: the mean of the others would be of
     other texts than other models'."""

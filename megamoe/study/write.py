@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megamoe.checkpoint.files import replace_file
 from megamoe.errors import OutputError
+from megamoe.study.gaps import find_gaps, with_reasons
 from megamoe.study.html import html_study
 from megamoe.study.ladder import StudyRun
 from megamoe.study.pictures import METHOD_NAMES, cost_picture, domain_name, speedup_picture
@@ -18,7 +19,6 @@ from megamoe.study.points import POINTS_FILE, Point, domains_of, write_points
 from megamoe.study.schema import StudySettings
 from megamoe.study.scoring import collect_points
 from megamoe.study.speedup import Speedup, analyse
-from megamoe.study.states import is_trained
 from megamoe.study.svg_files import svg_file
 from megamoe.study.training import Failure
 
@@ -31,7 +31,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Written:
-    """Lines for the reader; whether every run is trained and evaluated at all its checkpoints."""
+    """Lines for the reader; whether every run is trained and has a finite loss at all its checkpoints."""
 
     lines: tuple[str, ...]
     is_complete: bool
@@ -41,8 +41,9 @@ def write_study(study: StudySettings, runs: Sequence[StudyRun], failures: Sequen
     """Raises OutputError where the folder cannot be written, or a file of results is none."""
     folder = study.folder
     points = collect_points(runs, folder, vocab_size=study.analysis.compute_vocab_size)
-    factors = analyse(points, study.analysis)
-    missing = _missing(runs, points)
+    gaps = find_gaps(runs, points, folder)
+    factors = with_reasons(analyse(points, study.analysis), points, gaps, study.analysis)
+    missing = [gap.text for gap in gaps]
     page = html_study(study, runs, points, factors, failures, missing)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,19 +71,6 @@ def picture_files(
             "speedup_in_time": speedup_picture(factors, study.analysis, domain, "train_seconds"),
         }
         yield from ((f"{name}_{domain}.svg", svg_file(picture)) for name, picture in drawn.items() if picture)
-
-
-def _missing(runs: Sequence[StudyRun], points: Sequence[Point]) -> list[str]:
-    """Runs, and checkpoints of them, that the report does without."""
-    there = {(point.model, point.seed, point.step) for point in points}
-    found = []
-    for run in runs:
-        steps = [step for step in run.eval_steps if (run.model.name, run.seed, step) not in there]
-        if steps and not is_trained(run):
-            found.append(f"{run.name} is not trained to its end")
-        elif steps:
-            found.append(f"{run.name} is not evaluated at steps {', '.join(map(str, steps))}")
-    return found
 
 
 def headline(study: StudySettings, factors: Sequence[Speedup]) -> list[str]:
