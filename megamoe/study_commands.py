@@ -68,8 +68,7 @@ def _study(options: argparse.Namespace) -> int:
         return _plan(options, study, runs)
     for run in runs:
         check_trained_alike(run)
-    if not options.report_only:
-        check_evaluation(runs, study, study.folder)
+    check_evaluation(runs, study, study.folder, report_only=options.report_only)
     if options.submit is not None:
         return _submit(_words(options.submit), study, chosen)
     return _carry_out(options, study, runs, chosen)

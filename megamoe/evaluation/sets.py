@@ -97,9 +97,9 @@ def single_text(path: Path) -> EvaluationSets:
 
 def settled_sets(
     found: EvaluationSets, *, seq_length: int, reading: Reading | None = None, context_tokens: int | None = None,
-    stride_tokens: int | None = None,
+    stride_tokens: int | None = None, needs_files: bool = True,
 ) -> tuple[TextSet, ...]:  # fmt: skip
-    """The sets with every choice made, files found and known by their content.
+    """The sets with every choice made, files found and known by their content, or left out where none is needed.
 
     What is given here is the command's, and stands where neither a set nor the file says otherwise. Raises ConfigError
     for a context longer than the model's sequences, for a stride longer than the context, and for one that no set asks
@@ -131,7 +131,7 @@ def settled_sets(
         update = {"format": each.format or _format(each.path), "reading": chosen}
         update |= {"context_tokens": context, "stride_tokens": stride}
         settings = each.model_copy(update=update)
-        settled.append(TextSet(settings, _files(settings)))
+        settled.append(TextSet(settings, _files(settings) if needs_files else ()))
     return tuple(settled)
 
 

@@ -19,7 +19,10 @@ _ONE_RANK = (
     "parallel.ranks_per_node=null", "parallel.zero_stage=1", "parallel.recompute=none",
     "optimizer.name=sgd", "optimizer.momentum=0.0", "optimizer.expert_lr_scale=1.0", "guard.action=disabled",
 )  # fmt: skip
-_SECTIONS = ("parallel.", "run.", "moe.eval_capacity_", "data.tokenizer", "checkpoint.verify")
+_SECTIONS = (
+    "parallel.", "run.precision", "run.device", "run.micro_batch_size", "moe.eval_capacity_", "data.tokenizer",
+    "checkpoint.verify",
+)  # fmt: skip
 _REFUSED = {
     "parallel.sequence_parallel": "texts of any length do not divide over tensor ranks",
     "parallel.virtual_pipeline_parallel_size": "interleaving only helps where gradients are computed",

@@ -2,14 +2,20 @@
 
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megamoe.errors import ConfigError, MegamoeError, TrainingInterrupted
+from megamoe.config.schema import Config, TokenizerConfig
+from megamoe.data.tokenizers import tokenizer_of_model
+from megamoe.errors import ConfigError, MegamoeError, OutputError, TrainingInterrupted
+from megamoe.evaluation.corpora import check_sets, describe_tokenizer, open_set, tokenize
+from megamoe.evaluation.plan import Capacity, header
 from megamoe.evaluation.results import Results, read_results
-from megamoe.evaluation.sets import read_sets, settled_sets
+from megamoe.evaluation.sets import TextSet, read_sets, settled_sets
 from megamoe.inference.settings import forward_settings
 from megamoe.progress import StatusLine
 from megamoe.report.values import duration
@@ -22,6 +28,7 @@ from megamoe.study.training import INTERRUPTED, LOGS, Failure
 
 RESULTS = "evaluations"  # the folder of results beside the runs
 STOP_SECONDS = 60.0
+_OF_EXPERTS = ("parallel.expert_", "parallel.all_to_all")  # settings of a layout that a model without any refuses
 
 
 def results_path(run: StudyRun, folder: Path) -> Path:
@@ -34,17 +41,23 @@ def score_runs(
     """Evaluate what is saved and not yet scored; returns what failed. Raises TrainingInterrupted."""
     failures, status = [], StatusLine(sys.stderr)
     for place, run in enumerate(runs, 1):
-        saved = saved_steps(run)
-        steps = [step for step in run.eval_steps if step in saved]
-        if not steps or not _is_wanted(run, steps, folder):
+        saved, path = saved_steps(run), results_path(run, folder)
+        steps, results = [step for step in run.eval_steps if step in saved], read_scores(path)
+        if not steps or not _is_wanted(run, steps, results):
             continue
         name = f"evaluation {place} of {len(runs)}: {run.name}, {len(steps)} checkpoints"
         words = [
             "evaluate", str(run.dir), "--steps", ",".join(map(str, steps)), "--sets", study.evaluation.sets, "--out",
-            str(results_path(run, folder)), *study.evaluation.settings,
+            str(path), *_settings(run, study),
         ]  # fmt: skip
         words += ["--local-ranks", str(study.local_ranks)] if study.local_ranks else []
         log, started = folder / LOGS / f"{run.name}.evaluate.log", time.monotonic()
+        if results is not None and _has_another_layout(run, study, results):
+            # Sums go on to the bit under their own layout only.
+            if lost := sorted(_scored(run, results).keys() - set(saved)):
+                failures.append(Failure(run.name, "evaluation", ConfigError.exit_code, _would_lose(lost, path), ""))
+                continue
+            words.append("--overwrite")
 
         def poll(name: str = name, started: float = started) -> None:
             if status.is_due:
@@ -61,41 +74,123 @@ def score_runs(
     return failures
 
 
-def check_evaluation(runs: Sequence[StudyRun], study: StudySettings, folder: Path) -> None:
-    """Before hours of training: the sets are there, and scores that are there already are of these sets and settings,
-    or unlike ones would stand beside each other. Raises ConfigError, DataError."""
-    sets = read_sets(Path(study.evaluation.sets))
-    wanted = [text.describe() for text in settled_sets(sets, seq_length=runs[0].config.model.seq_length)]
-    config = forward_settings(runs[0].config, study.evaluation.settings, num_ranks=study.local_ranks or 1)
+def _is_wanted(run: StudyRun, steps: Sequence[int], results: Results | None) -> bool:
+    """Whether something is left to score."""
+    return results is None or not results.is_complete or not set(steps) <= _scored(run, results).keys()
+
+
+def _settings(run: StudyRun, study: StudySettings) -> tuple[str, ...]:
+    """What the file says for all models; one without experts does without what lays them out."""
+    return tuple(
+        each for each in study.evaluation.settings if run.config.moe.num_experts or not each.startswith(_OF_EXPERTS)
+    )
+
+
+def _has_another_layout(run: StudyRun, study: StudySettings, results: Results) -> bool:
+    config, num_ranks = _forward_config(run, study), study.local_ranks or 1
+    return results.tree.get("layout") != header(config, num_ranks, (), Capacity(), "")["layout"]
+
+
+def _would_lose(steps: Sequence[int], path: Path) -> str:
+    told = ", ".join(map(str, steps))
+    return (
+        f"it would be evaluated anew under another layout, but the checkpoints of steps {told} are gone: set "
+        f"evaluation.settings and local_ranks as they were, or move {path} away to do without those steps"
+    )
+
+
+def check_evaluation(
+    runs: Sequence[StudyRun], study: StudySettings, folder: Path, *, report_only: bool = False
+) -> None:
+    """Before hours of training: each model can be evaluated as the file says, on sets that are there and can be read,
+    and scores that are there already are of these sets and settings, or unlike ones would stand beside each other.
+
+    report_only: nothing is to be evaluated, so that texts and tokenizers need not be there. Raises ConfigError,
+    DataError, TopologyError, OutputError.
+    """
+    found = read_sets(Path(study.evaluation.sets))
+    wanted: dict[tuple[int, int, TokenizerConfig], tuple[TextSet, ...]] = {}
     first: tuple[Path, Mapping[str, Any]] | None = None
     for run in runs:
-        path = results_path(run, folder)
-        if (results := read_results(path)) is None:
+        config, path = _forward_config(run, study), results_path(run, folder)
+        key = (config.model.seq_length, config.model.vocab_size, config.data.tokenizer)
+        if key not in wanted:
+            texts = settled_sets(found, seq_length=config.model.seq_length, needs_files=not report_only)
+            if not report_only:
+                _check_texts(texts, config, study)
+            wanted[key] = texts
+        if (results := read_scores(path)) is None:
             continue
         tree = results.tree
-        if tree.get("sets") != wanted:
+        if not _are_the_sets(tree.get("sets", ()), wanted[key], report_only=report_only):
             _refuse(path, folder, f"scores of other sets than {study.evaluation.sets} names now")
         if tree.get("precision") != config.run.precision:
             _refuse(path, folder, f"scores in {tree.get('precision')}, where {config.run.precision} is asked for now")
+        if not report_only and tree.get("tokenizer") != describe_tokenizer(config.data.tokenizer):
+            _refuse(path, folder, "scores by another tokenizer than is asked for now")
         first = first or (path, tree)
-        for key in ("capacity", "device", "tokenizer"):
-            if tree.get(key) != first[1].get(key):
-                _refuse(path, folder, f"scores of another {key} than {first[0]}")
+        for name in ("capacity", "device", "tokenizer"):
+            if tree.get(name) != first[1].get(name):
+                _refuse(path, folder, f"scores of another {name} than {first[0]}")
 
 
 def _refuse(path: Path, folder: Path, what: str) -> None:
     raise ConfigError(f"{path} holds {what}: move {folder / RESULTS} away, and all models are scored anew")
 
 
-def _is_wanted(run: StudyRun, steps: Sequence[int], folder: Path) -> bool:
-    """Whether something is left to score."""
+def _forward_config(run: StudyRun, study: StudySettings) -> Config:
+    for each in study.evaluation.settings:
+        if each.startswith("moe.eval_capacity_"):
+            raise ConfigError(
+                f"evaluation.settings has {each}: experts drop no token when a study is evaluated, leave it out"
+            )
     try:
-        results = read_results(results_path(run, folder))
-    except MegamoeError:
-        return True
-    if results is None or not results.is_complete:
-        return True
-    return not set(steps) <= _scored(run, results).keys()
+        return forward_settings(run.config, _settings(run, study), num_ranks=study.local_ranks or 1)
+    except MegamoeError as error:
+        raise type(error)(f"model {run.model.name} cannot be evaluated as evaluation.settings say: {error}") from None
+
+
+def _check_texts(texts: Sequence[TextSet], config: Config, study: StudySettings) -> None:
+    """As `megamoe evaluate` checks them, and the beginning of each text is tokenized: so much as one block needs, or
+    one document. Raises DataError, OutputError."""
+    tokenizer, vocab_size = config.data.tokenizer, config.model.vocab_size
+    is_named = any(each.startswith("data.tokenizer") for each in study.evaluation.settings)
+    check_sets(texts, tokenizer=tokenizer, vocab_size=vocab_size, names_tokenizer=is_named)
+    try:
+        with tempfile.TemporaryDirectory(prefix="megamoe-study-") as scratch:
+            for text in texts:
+                if text.settings.format == "indexed":
+                    continue
+                enough = (text.settings.context_tokens or 1) if text.settings.reading == "blocks" else 1
+                few = min(enough, text.settings.max_tokens or enough)
+                beginning = replace(text, settings=text.settings.model_copy(update={"max_tokens": few}))
+                prefix = Path(scratch) / text.settings.name
+                tokenize(beginning, tokenizer_of_model(tokenizer, vocab_size), prefix)
+                open_set(text, prefix, tokenizer=tokenizer, vocab_size=vocab_size)
+    except OSError as error:
+        raise OutputError(f"no folder for temporary files can be made ({error.strerror}): set TMPDIR") from None
+
+
+def _are_the_sets(kept: Sequence[Mapping[str, Any]], texts: Sequence[TextSet], *, report_only: bool) -> bool:
+    """Whether results are of these sets, as far as that is known without their files if only a report is made."""
+    of_files = ("files", "format") if report_only else ()
+    wanted = [text.describe() for text in texts]
+    trees = [[{key: each[key] for key in each if key not in of_files} for each in sets] for sets in (kept, wanted)]
+    return trees[0] == trees[1]
+
+
+def read_scores(path: Path) -> Results | None:
+    """What `megamoe evaluate` has left there, None where there is nothing. Raises OutputError for anything else."""
+    try:
+        results = read_results(path)
+        for model in () if results is None else results.tree["models"]:
+            if model["is_complete"]:
+                _scores(model)
+    except (MegamoeError, LookupError, TypeError, AttributeError):
+        raise OutputError(
+            f"{path} holds no results that can be read: move it away, and its model is scored anew"
+        ) from None
+    return results
 
 
 def _scored(run: StudyRun, results: Results) -> dict[int, Mapping[str, Any]]:
@@ -120,7 +215,7 @@ def collect_points(runs: Sequence[StudyRun], folder: Path, *, vocab_size: int | 
     """
     points = []
     for run in runs:
-        results = read_results(results_path(run, folder))
+        results = read_scores(results_path(run, folder))
         if results is None:
             continue
         models = _scored(run, results)
@@ -141,7 +236,7 @@ def collect_points(runs: Sequence[StudyRun], folder: Path, *, vocab_size: int | 
 def sets_without_loss(run: StudyRun, folder: Path) -> dict[tuple[str, str], list[int]]:
     """Steps at which the model has no finite loss, by a set's name and domain. Raises OutputError as above."""
     found: dict[tuple[str, str], list[int]] = {}
-    results = read_results(results_path(run, folder))
+    results = read_scores(results_path(run, folder))
     models = {} if results is None else _scored(run, results)
     for step in run.eval_steps:
         for each in models[step]["sets"] if step in models else ():

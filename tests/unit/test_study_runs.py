@@ -10,13 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megamoe.errors import ConfigError, TrainingInterrupted
-from megamoe.evaluation.sets import read_sets, settled_sets
+from megamoe.errors import TrainingInterrupted
 from megamoe.runs.events import append_event
 from megamoe.study import processes, scoring
 from megamoe.study.processes import last_message, run_command
-from megamoe.study.schema import read_study
-from megamoe.study.scoring import check_evaluation, collect_points, results_path
+from megamoe.study.scoring import collect_points
 from megamoe.study.states import Cost, costs_of, is_trained, last_line, reached_step
 from tests.unit.study_cases import TINY_STUDY, load_tiny
 
@@ -100,35 +98,6 @@ def test_a_child_that_heard_the_signal_first_has_not_failed(tmp_path, monkeypatc
     monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", dies))
     with pytest.raises(TrainingInterrupted, match="the same command goes on from there"):
         run_command([], tmp_path / "x.log", poll=lambda: None, stop_seconds=1.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"precision": "bf16"}, "scores in bf16, where fp32 is asked for now"),
-        ({"capacity": {"drops_tokens": True}}, "scores of another capacity than "),
-        ({"tokenizer": {"kind": "sentencepiece"}}, "scores of another tokenizer than "),
-        ({"sets": []}, "scores of other sets than sets.yaml names now"),
-    ],
-)
-def test_unlike_scores_are_refused_before_anything_is_trained(runs, tmp_path, monkeypatch, change, told):
-    study = read_study(tmp_path / "study.yaml")
-    (tmp_path / "docs.txt").write_text("one\n")
-    (tmp_path / "sets.yaml").write_text("sets: [{name: docs, path: docs.txt, domain: in_domain}]\n")
-    sets = settled_sets(read_sets(tmp_path / "sets.yaml"), seq_length=runs[0].config.model.seq_length)
-    right = {"sets": [text.describe() for text in sets], "precision": "fp32", "device": "cpu", "capacity": {},
-             "tokenizer": {"kind": "byte"}}  # fmt: skip
-    trees = {results_path(run, tmp_path): right for run in runs[:2]}
-    monkeypatch.setattr(
-        scoring, "read_results", lambda path: SimpleNamespace(tree=trees[path]) if path in trees else None
-    )
-    check_evaluation(runs, study, tmp_path)
-    trees[results_path(runs[1], tmp_path)] = right | change
-    with pytest.raises(ConfigError) as refused:
-        check_evaluation(runs, study, tmp_path)
-    path = results_path(runs[1], tmp_path)
-    assert str(refused.value).startswith(f"{path} holds {told}")
-    assert str(refused.value).endswith(f": move {tmp_path / 'evaluations'} away, and all models are scored anew")
 
 
 def test_results_of_a_run_that_was_trained_anew_do_not_count(runs, tmp_path, monkeypatch):

@@ -184,7 +184,7 @@ def test_what_is_trained_needs_no_cluster_for_its_time(place, capsys, monkeypatc
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused(place, capsys, monkeypatch, words, told):
-    monkeypatch.setattr("megamoe.study.scoring.check_evaluation", lambda *_: None)
+    monkeypatch.setattr("megamoe.study.scoring.check_evaluation", lambda *_, **__: None)
     with contextlib.suppress(SystemExit):
         assert main(["study", "study.yaml", *words]) == 2
     assert capsys.readouterr().err.endswith(f"error: {told}\n")
@@ -196,7 +196,7 @@ def test_a_study_becomes_an_array_of_jobs(place, capfd):
     missing = main(["study", "study.yaml", "--submit=--dry-run"])
     assert missing == 2 and "sets.yaml" in capfd.readouterr().err, "found before days of training, not after"
     (place / "sets.yaml").write_text("sets: [{name: docs, path: docs.txt, domain: in_domain}]\n")
-    (place / "docs.txt").write_text("one\n")
+    (place / "docs.txt").write_text("one line of more than 32 letters, which is one block\n")
     words = "--nodes 1 --ranks-per-node 1 --no-preflight --dry-run"
     assert main(["study", "study.yaml", "--only", "moe-0", "--only", "moe-1", "--submit", words]) == 0
     script = capfd.readouterr().out
