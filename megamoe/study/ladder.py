@@ -30,7 +30,7 @@ MAY_DIFFER = (
 _OWN = (
     "run.num_steps", "run.seed", "run.dir", "run.batch_size_ramp", "checkpoint.save_interval_steps",
     "checkpoint.keep_every_steps", "checkpoint.keep_last", "checkpoint.save_at_end", "checkpoint.resume",
-    "checkpoint.load_from",
+    "checkpoint.load_from", "checkpoint.on_save_failure",
 )  # fmt: skip
 # Checkpoints are saved at a common measure of the steps that are evaluated: so many are no burden, nor are so many for
 # each of those steps.
@@ -119,7 +119,7 @@ def _run(study: StudySettings, where: str, said_in: str, model: LadderModel, see
         "run": {"num_steps": steps[0], "seed": seed, "dir": str(study.folder / f"{model.name}-seed{seed}")},
         "checkpoint": {
             "save_interval_steps": interval, "keep_every_steps": interval, "keep_last": 1, "save_at_end": True,
-            "resume": True,
+            "resume": True, "on_save_failure": "stop",
         },
     }  # fmt: skip
     config = layered_config([(study.common, common), (model.settings, said_in), (own, where)])

@@ -21,7 +21,7 @@ from megamoe.progress import StatusLine
 from megamoe.report.values import duration
 from megamoe.study.ladder import StudyRun
 from megamoe.study.points import Point, SetScore
-from megamoe.study.processes import last_message, run_command
+from megamoe.study.processes import run_command
 from megamoe.study.schema import StudySettings
 from megamoe.study.states import costs_of, reached_step, saved_checksums, saved_steps
 from megamoe.study.training import INTERRUPTED, LOGS, Failure
@@ -63,12 +63,12 @@ def score_runs(
             if status.is_due:
                 status.show(f"{name}, {duration(time.monotonic() - started)} so far")
 
-        code = run_command(words, log, poll=poll, stop_seconds=STOP_SECONDS, held=held)
+        code, message = run_command(words, log, poll=poll, stop_seconds=STOP_SECONDS, held=held)
         if code in (INTERRUPTED, 130):
             status.end()
             raise TrainingInterrupted("the evaluation was asked to stop: the same command goes on from there")
         if code:
-            failures.append(Failure(run.name, "evaluation", code, last_message(log), str(log)))
+            failures.append(Failure(run.name, "evaluation", code, message, str(log)))
         took = duration(time.monotonic() - started)
         status.end(f"{name}: {f'failed, {failures[-1].message}' if code else f'done, {took}'}")
     return failures

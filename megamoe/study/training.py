@@ -15,7 +15,7 @@ from megamoe.errors import ConfigError, TrainingInterrupted
 from megamoe.progress import StatusLine
 from megamoe.report.values import duration
 from megamoe.study.ladder import StudyRun
-from megamoe.study.processes import last_message, run_command
+from megamoe.study.processes import run_command
 from megamoe.study.states import costs_of, is_trained, last_line
 from megamoe.topology.flops import hardware_flops_per_token
 
@@ -67,7 +67,7 @@ def train_runs(
                 status.show(f"{name}, {clock.told(run, after)}")
 
         started = time.monotonic()
-        code = run_command(words, log, poll=poll, stop_seconds=_stop_seconds(run), held=held)
+        code, message = run_command(words, log, poll=poll, stop_seconds=_stop_seconds(run), held=held)
         took = duration(time.monotonic() - started)
         if code == 0 and is_trained(run):
             status.end(f"{name} is trained, {took}")
@@ -75,7 +75,7 @@ def train_runs(
             status.end()
             raise TrainingInterrupted(f"{run.name} was asked to stop: the same command goes on from its checkpoint")
         else:
-            failures.append(Failure(run.name, "training", code, last_message(log), str(log)))
+            failures.append(Failure(run.name, "training", code, message, str(log)))
             status.end(f"{name} failed after {took}: {failures[-1].message}")
         clock.learn(run)
     return failures

@@ -147,7 +147,7 @@ def test_a_file_that_is_no_results_is_one_sentence(place, content):
 def commands(monkeypatch):
     """What `score_runs` would start, for a study whose checkpoints are all there."""
     started = []
-    monkeypatch.setattr(scoring, "run_command", lambda words, *_, **__: started.append(words) or 0)
+    monkeypatch.setattr(scoring, "run_command", lambda words, *_, **__: started.append(words) or (0, ""))
     monkeypatch.setattr(scoring, "saved_steps", lambda run: [4, 8])
     monkeypatch.setattr(scoring, "saved_checksums", lambda run: {4: "save-4", 8: "save-8"})
     return started

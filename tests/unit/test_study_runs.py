@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megamoe.errors import TrainingInterrupted
+from megamoe.errors import OutputError, TrainingInterrupted
 from megamoe.runs.events import append_event
 from megamoe.study import processes, scoring
 from megamoe.study.processes import last_message, run_command
@@ -52,8 +52,32 @@ def test_a_wish_to_stop_is_passed_on_and_bounded(tmp_path, monkeypatch, program,
 def test_a_command_that_ends_tells_its_code(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", "import sys; print(sys.argv[1:]); sys.exit(7)"))
     polls = []
-    assert run_command(["a", "b"], tmp_path / "x.log", poll=lambda: polls.append(1), stop_seconds=1.0) == 7
+    ended = run_command(["a", "b"], tmp_path / "x.log", poll=lambda: polls.append(1), stop_seconds=1.0)
+    assert ended == (7, "['a', 'b']")
     assert (tmp_path / "x.log").read_text() == "['a', 'b']\n"
+
+
+@pytest.mark.parametrize("said", ["Killed", "", "megamoe: warning: slow\nKilled", "megamoe: note: small\nKilled"])
+def test_the_reason_of_a_command_is_none_of_an_earlier_one(tmp_path, monkeypatch, said):
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", f"print({said!r}); exit(1)"))
+    (tmp_path / "x.log").write_text("megamoe: error: the disk is full\n")
+    expected = "Killed" if said else "it has said nothing"
+    assert run_command([], tmp_path / "x.log", poll=lambda: None, stop_seconds=1.0) == (1, expected)
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", ""))
+    (tmp_path / "logs").touch()
+    with pytest.raises(OutputError) as refused:
+        run_command([], tmp_path / "logs" / "x.log", poll=lambda: None, stop_seconds=1.0)
+    log = tmp_path / "logs" / "x.log"
+    assert str(refused.value) == f"{log} cannot be written (File exists): choose another folder with --out"
+    (tmp_path / "x.log").mkdir()
+    with pytest.raises(OutputError, match="Is a directory"):
+        run_command([], tmp_path / "x.log", poll=lambda: None, stop_seconds=1.0)
+    monkeypatch.setattr(processes, "COMMAND", (str(tmp_path / "nothing"),))
+    with pytest.raises(OutputError, match="nothing cannot be started"):
+        run_command([], tmp_path / "y.log", poll=lambda: None, stop_seconds=1.0)
 
 
 def test_the_last_words_are_those_of_the_error(tmp_path):

@@ -94,6 +94,7 @@ def test_runs_differ_in_what_the_study_says_and_in_nothing_else(place):
     for run in runs:
         assert run.dir == study.folder / run.name and run.eval_steps == (4, 8)
         assert run.config.run.num_steps == 8 and run.config.checkpoint.keep_every_steps == 4
+        assert run.config.checkpoint.on_save_failure == "stop", "a checkpoint that is not saved cannot be evaluated"
     first, other, mixture, wide, _ = (run.config for run in runs)
     assert differing_keys(first, other) == ["run.dir", "run.seed"]
     assert differing_keys(first, mixture) == ["moe.num_experts", "run.dir"]
