@@ -17,6 +17,7 @@ from megamoe.evaluation.plan import Capacity, header
 from megamoe.evaluation.results import Results, read_results
 from megamoe.evaluation.sets import TextSet, read_sets, settled_sets
 from megamoe.inference.settings import forward_settings
+from megamoe.inference.tokenizer import names_tokenizer
 from megamoe.progress import StatusLine
 from megamoe.report.values import duration
 from megamoe.study.ladder import StudyRun
@@ -109,7 +110,7 @@ def check_evaluation(
     DataError, TopologyError, OutputError.
     """
     found = read_sets(Path(study.evaluation.sets))
-    wanted: dict[tuple[int, int, TokenizerConfig], tuple[TextSet, ...]] = {}
+    wanted: dict[tuple[int, int, TokenizerConfig], tuple[tuple[TextSet, ...], dict[str, Any]]] = {}
     first: tuple[Path, Mapping[str, Any]] | None = None
     for run in runs:
         config, path = _forward_config(run, study), results_path(run, folder)
@@ -118,15 +119,15 @@ def check_evaluation(
             texts = settled_sets(found, seq_length=config.model.seq_length, needs_files=not report_only)
             if not report_only:
                 _check_texts(texts, config, study)
-            wanted[key] = texts
+            wanted[key] = texts, describe_tokenizer(config.data.tokenizer)
         if (results := read_scores(path)) is None:
             continue
-        tree = results.tree
-        if not _are_the_sets(tree.get("sets", ()), wanted[key], report_only=report_only):
+        tree, (texts, tokenizer) = results.tree, wanted[key]
+        if not _are_the_sets(tree.get("sets", ()), texts, report_only=report_only):
             _refuse(path, folder, f"scores of other sets than {study.evaluation.sets} names now")
         if tree.get("precision") != config.run.precision:
             _refuse(path, folder, f"scores in {tree.get('precision')}, where {config.run.precision} is asked for now")
-        if not report_only and tree.get("tokenizer") != describe_tokenizer(config.data.tokenizer):
+        if not report_only and tree.get("tokenizer") != tokenizer:
             _refuse(path, folder, "scores by another tokenizer than is asked for now")
         first = first or (path, tree)
         for name in ("capacity", "device", "tokenizer"):
@@ -154,17 +155,17 @@ def _check_texts(texts: Sequence[TextSet], config: Config, study: StudySettings)
     """As `megamoe evaluate` checks them, and the beginning of each text is tokenized: so much as one block needs, or
     one document. Raises DataError, OutputError."""
     tokenizer, vocab_size = config.data.tokenizer, config.model.vocab_size
-    is_named = any(each.startswith("data.tokenizer") for each in study.evaluation.settings)
+    is_named = names_tokenizer(study.evaluation.settings)
     check_sets(texts, tokenizer=tokenizer, vocab_size=vocab_size, names_tokenizer=is_named)
     try:
         with tempfile.TemporaryDirectory(prefix="megamoe-study-") as scratch:
-            for text in texts:
+            for number, text in enumerate(texts):
                 if text.settings.format == "indexed":
                     continue
                 enough = (text.settings.context_tokens or 1) if text.settings.reading == "blocks" else 1
                 few = min(enough, text.settings.max_tokens or enough)
                 beginning = replace(text, settings=text.settings.model_copy(update={"max_tokens": few}))
-                prefix = Path(scratch) / text.settings.name
+                prefix = Path(scratch) / f"{number}"
                 tokenize(beginning, tokenizer_of_model(tokenizer, vocab_size), prefix)
                 open_set(text, prefix, tokenizer=tokenizer, vocab_size=vocab_size)
     except OSError as error:
@@ -182,15 +183,11 @@ def _are_the_sets(kept: Sequence[Mapping[str, Any]], texts: Sequence[TextSet], *
 def read_scores(path: Path) -> Results | None:
     """What `megamoe evaluate` has left there, None where there is nothing. Raises OutputError for anything else."""
     try:
-        results = read_results(path)
-        for model in () if results is None else results.tree["models"]:
-            if model["is_complete"]:
-                _scores(model)
-    except (MegamoeError, LookupError, TypeError, AttributeError):
+        return read_results(path)
+    except OutputError:
         raise OutputError(
             f"{path} holds no results that can be read: move it away, and its model is scored anew"
         ) from None
-    return results
 
 
 def _scored(run: StudyRun, results: Results) -> dict[int, Mapping[str, Any]]:

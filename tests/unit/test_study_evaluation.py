@@ -38,10 +38,9 @@ def refusal(study, runs, **options) -> str:
     ("changes", "told"),
     [
         ({"precision": "bf16"}, "scores in bf16, where fp32 is asked for now"),
-        ({"capacity": {"drops_tokens": True}}, "scores of another capacity than "),
+        ({"capacity": {"drops_tokens": True, "kind": "factor", "value": 1.0}}, "scores of another capacity than "),
         ({"device": "cuda"}, "scores of another device than "),
         ({"tokenizer": {"kind": "sentencepiece"}}, "scores by another tokenizer than is asked for now"),
-        ({"sets": []}, "scores of other sets than sets.yaml names now"),
     ],
 )
 def test_unlike_scores_are_refused(place, changes, told):
@@ -54,6 +53,13 @@ def test_unlike_scores_are_refused(place, changes, told):
     message = refusal(study, runs)
     assert message.startswith(f"{path} holds {told}")
     assert message.endswith(f": move {study.folder / 'evaluations'} away, and all models are scored anew")
+
+
+def test_scores_of_a_text_that_has_changed_are_refused(place, tmp_path):
+    study, runs = place
+    write_results(study, runs[3], dict.fromkeys(runs[3].eval_steps, FINITE))
+    (tmp_path / "other.txt").write_text("another line of forty letters, or thereabouts\n")
+    assert "dense-1-seed1.json holds scores of other sets than sets.yaml names now: move " in refusal(study, runs)
 
 
 def test_a_report_of_other_sets_than_were_scored_is_refused(place, tmp_path, capsys):
