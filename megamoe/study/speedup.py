@@ -209,7 +209,8 @@ def _speedup(
         if pair[0] is not None and pair[1] is not None:
             least[row], most[row] = _ratio(pair[0].bounds_at(targets), pair[1].bounds_at(targets))
     low, high = _interval(least, most, settings.confidence)
-    shares = (least == most).mean(axis=0) if len(least) else np.zeros(len(targets))
+    has_number = (least == most) & np.isfinite(least)
+    shares = has_number.mean(axis=0) if len(least) else np.zeros(len(targets))
     return Speedup(domain, cost, method, targets, base.cost_at(targets), other.cost_at(targets), low, high, shares)
 
 
