@@ -32,7 +32,7 @@ class Series:
     width: float = 1.8
     hints: Sequence[str] = ()  # told where a dot is pointed at
     end_label: str = ""  # at the right end
-    low: Sequence[float] = ()  # a band from low to high, over the same x
+    low: Sequence[float] = ()  # a band from low to high, over the same x; infinite: up to the edge; NaN: a gap
     high: Sequence[float] = ()
     in_legend: bool = True
 
@@ -99,6 +99,8 @@ def _x(value: float, scale: Scale) -> float:
 
 
 def _y(value: float, scale: Scale) -> float:
+    if math.isinf(value):
+        return TOP if value > 0 else BOTTOM_EDGE
     return BOTTOM_EDGE - (BOTTOM_EDGE - TOP) * scale(value)
 
 
@@ -124,7 +126,7 @@ def _band(each: Series, x_scale: Scale, y_scale: Scale) -> str:
     """Pieces without gaps, each there and back."""
     pieces: list[list[tuple[float, float, float]]] = [[]]
     for (x, _), low, high in zip(each.pairs, each.low, each.high, strict=True):
-        if all(map(math.isfinite, (x, low, high))):
+        if math.isfinite(x) and not math.isnan(low + high):
             pieces[-1].append((_x(x, x_scale), _y(low, y_scale), _y(high, y_scale)))
         elif pieces[-1]:
             pieces.append([])

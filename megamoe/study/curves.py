@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
-MIN_FIT_POINTS = 3
+MIN_FIT_COSTS = 4  # three would be met exactly by three parameters: nothing would say how well the law fits
 _EXPONENTS = np.geomspace(0.005, 3.0, 161)
 _REFINEMENTS = 3
 
@@ -39,6 +39,13 @@ class Curve:
         logs = np.interp(targets, self.losses[::-1], np.log(self.costs[::-1]), left=math.nan, right=math.nan)
         return np.exp(logs)
 
+    def bounds_at(self, targets: Numbers) -> tuple[Numbers, Numbers]:
+        """Between what the cost of each target lies. Beyond what was seen: what the dearest point does not reach takes
+        more than that one; what the cheapest is better than, less."""
+        known, is_beyond, is_before = self.cost_at(targets), targets < self.best, targets > self.worst
+        low = np.where(is_beyond, self.costs[-1], np.where(is_before, 0.0, known))
+        return low, np.where(is_beyond, math.inf, np.where(is_before, self.costs[0], known))
+
 
 def lower_envelope(costs: Sequence[float] | Numbers, losses: Sequence[float] | Numbers) -> Curve:
     """The curve through those of the points that no cheaper or equally dear one equals or beats. At least one point."""
@@ -64,27 +71,39 @@ class PowerLaw:
     num_points: int
 
     @property
-    def residual_rms(self) -> float:
-        return float(np.sqrt(np.mean(self.residuals**2)))
+    def degrees(self) -> int:
+        """Of freedom, that the three parameters leave."""
+        return self.num_points - 3
+
+    @property
+    def misfit(self) -> float:
+        """How far a point deviates from the law, by the residuals and their degrees of freedom."""
+        return math.sqrt(float((self.residuals**2).sum()) / self.degrees)
 
     def loss_at(self, costs: Numbers) -> Numbers:
         return self.offset + self.scale * (np.asarray(costs) / self.unit) ** -self.exponent
 
     def cost_at(self, targets: Numbers) -> Numbers:
         """NaN beyond the losses of the points, and where the law does not reach."""
-        above = np.where((targets >= self.best) & (targets <= self.worst), targets - self.offset, math.nan)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return self.unit * np.where(above > 0, above / self.scale, math.nan) ** (-1.0 / self.exponent)
+        costs = self.bounds_at(targets)[0]
+        return np.where((targets >= self.best) & (targets <= self.worst) & np.isfinite(costs), costs, math.nan)
+
+    def bounds_at(self, targets: Numbers) -> tuple[Numbers, Numbers]:
+        """The law's own cost, twice; infinite where it never gets there. A little beyond the points it is taken at its
+        word: where they end is chance."""
+        with np.errstate(divide="ignore", over="ignore"):
+            costs = self.unit * (np.maximum(targets - self.offset, 0.0) / self.scale) ** (-1.0 / self.exponent)
+        return costs, costs
 
 
 def fit_power_law(costs: Sequence[float] | Numbers, losses: Sequence[float] | Numbers) -> PowerLaw | None:
-    """Least squares in the loss, with an offset of at least 0; None with too few points or without a fall.
+    """Least squares in the loss, with an offset of at least 0; None with too few costs or without a fall.
 
     The law is linear in scale and offset once the exponent is known: that one is searched, on a grid that is made finer
     around its best value.
     """
     costs, losses = np.asarray(costs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    if len(np.unique(costs)) < MIN_FIT_POINTS:
+    if len(np.unique(costs)) < MIN_FIT_COSTS:
         return None
     unit = float(np.exp(np.log(costs).mean()))
     logs, exponents = np.log(costs / unit), _EXPONENTS

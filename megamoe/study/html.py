@@ -82,9 +82,11 @@ def _cards(study: StudySettings, factors: Sequence[Speedup]) -> str:
             parts.append((name, "no factor", each.reason))
             continue
         middle = len(each.targets) // 2
-        low, high, at = each.low[middle], each.high[middle], each.targets[middle]
-        interval = f"{study.analysis.confidence:.0%}: {low:.2f} to {high:.2f}" if low == low else "no interval"
-        parts.append((name, f"{each.factors[middle]:.2f} ×", f"{interval}; at {at:.3f} nats a token"))
+        told = each.interval_text(middle)
+        interval = f"{study.analysis.confidence:.0%}: {told}" if told else "no interval"
+        parts.append(
+            (name, f"{each.factors[middle]:.2f} ×", f"{interval}; at {each.targets[middle]:.3f} nats a token")
+        )
     cards = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(more)}</small></div>"
         for name, value, more in parts
@@ -104,7 +106,7 @@ def _domain_section(
     figures = "".join(figure(each) for each in drawn if each is not None)
     own = [each for each in factors if each.domain == domain]
     tables = f"<h3>The factor at a few targets</h3>{factor_table(study, own)}"
-    if fits := fits_of(points, study.analysis, domain):
+    if fits := fits_of(points, domain):
         tables += f"<h3>Power laws: loss = offset + (compute / unit)^-exponent</h3>{fit_table(fits)}"
     return (
         f'<section id="{escape(domain)}"><h2>{escape(domain_name(domain).capitalize())}</h2>'

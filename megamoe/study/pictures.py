@@ -1,5 +1,6 @@
 """From points and factors to pictures: which series each one holds."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,11 +92,12 @@ def speedup_picture(factors: Sequence[Speedup], settings: AnalysisSettings, doma
         if each.domain == domain and each.cost == cost and len(each.targets):
             colour, dash = _METHOD_STYLES[each.method]
             targets, values = each.targets.tolist(), each.factors.tolist()
-            has_band = each.method != "fit" and bool(np.isfinite(each.low).any())
+            has_band = each.method != "fit" and not np.isnan(each.low).all()
+            low = np.where(each.low == 0.0, -math.inf, each.low)  # open below, on an axis of powers too
             series.append(
                 Series(
                     METHOD_NAMES[each.method], colour, [(-t, s) for t, s in zip(targets, values, strict=True)], dash,
-                    low=each.low.tolist() if has_band else (), high=each.high.tolist() if has_band else (),
+                    low=low.tolist() if has_band else (), high=each.high.tolist() if has_band else (),
                 )
             )  # fmt: skip
     if not series:
@@ -103,7 +105,8 @@ def speedup_picture(factors: Sequence[Speedup], settings: AnalysisSettings, doma
     what = {"paper_flops": "Compute", "train_seconds": "Time"}[cost]
     return Picture(
         f"{what} saved {domain_name(domain)}",
-        f"{settings.baseline} over {settings.compared}; bands: {settings.confidence:.0%} intervals",
+        f"{settings.baseline} over {settings.compared}; bands: {settings.confidence:.0%} intervals, "
+        "open where they meet the edge",
         "target, nats a token: harder to the right", f"times less {what.lower()}", series,
         lambda value: loss_text(-value), lambda value: f"{value:.3g}×", y_log=True, y_line=1.0, y_from=(1.0,),
     )  # fmt: skip
@@ -131,13 +134,11 @@ def learning_picture(points: Sequence[Point], domain: str) -> Picture | None:
     )  # fmt: skip
 
 
-def fits_of(points: Sequence[Point], settings: AnalysisSettings, domain: str) -> list[tuple[str, PowerLaw]]:
-    """The power law of each family that has one, by points of the kind that the two compared ones both have."""
+def fits_of(points: Sequence[Point], domain: str) -> list[tuple[str, PowerLaw]]:
+    """The power law of each family that has one."""
     candidates, found = candidates_of(points, domain), []
     for family in families(points):
-        law = family_curve(
-            candidates, family, "paper_flops", "fit", compared=(settings.baseline, settings.compared)
-        )
+        law = family_curve(candidates, family, "paper_flops", "fit")
         if isinstance(law, PowerLaw):
             found.append((family, law))
     return found

@@ -38,13 +38,12 @@ def factor_table(study: StudySettings, factors: Sequence[Speedup]) -> str:
             rows.append((METHOD_NAMES[each.method], "–", "–", "–", "–", each.reason))
             continue
         for place in np.unique(np.linspace(0, len(each.targets) - 1, FEW_TARGETS).round().astype(int)).tolist():
-            low, high, factor = float(each.low[place]), float(each.high[place]), float(each.factors[place])
-            interval = f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "none: too few replicates reach it"
+            factor = float(each.factors[place])
             rows.append(
                 (
                     METHOD_NAMES[each.method], f"{each.targets[place]:.4f}", _flops(float(each.baseline_costs[place])),
                     _flops(float(each.compared_costs[place])), f"{factor:.2f}" if math.isfinite(factor) else "–",
-                    interval,
+                    each.interval_text(place) or "none: replicates bound it on no side",
                 )
             )  # fmt: skip
     names = [f"{family} FLOPs" for family in (study.analysis.baseline, study.analysis.compared)]
@@ -59,22 +58,19 @@ def _flops(value: float) -> str:
 def fit_table(fits: Sequence[tuple[str, PowerLaw]]) -> str:
     rows = []
     for family, law in fits:
-        exact = law.num_points <= 3
-        residuals = "met exactly: three parameters, three points" if exact else (
-            f"{law.residual_rms:.4f} rms, largest {np.abs(law.residuals).max():.4f}"
-        )  # fmt: skip
+        residuals = f"{law.misfit:.4f}, largest {np.abs(law.residuals).max():.4f}"
         rows.append(
             (
                 family, f"{law.num_points}", f"{law.offset:.3f}", f"{law.exponent:.4f}",
                 flops_text(law.unit * law.scale ** (1 / law.exponent)), residuals,
             )
         )  # fmt: skip
-    head = ("family", "points", "offset, nats a token", "exponent", "unit, FLOPs", "residuals, nats a token")
+    head = ("family", "points", "offset, nats a token", "exponent", "unit, FLOPs", "residuals' deviation, nats a token")
     return table(head, rows, numbers=(1, 2, 3, 4))
 
 
 def model_table(points: Sequence[Point]) -> str:
-    """Every model at the end of its training: sizes, costs, losses by domain as mean and deviation of its seeds."""
+    """Every model at the end of its training: sizes; costs and losses by domain, means of its seeds."""
     domains = domains_of(points)
     head = ("model", "seeds", "parameters", "active", "paper FLOPs", "model FLOPs", "time", "tokens/s", "peak memory",
             *(f"{domain_name(domain)}, nats a token" for domain in domains))  # fmt: skip
@@ -85,12 +81,13 @@ def model_table(points: Sequence[Point]) -> str:
             first = own[0]
             seconds = [point.train_seconds for point in own if point.train_seconds]
             memory = [point.peak_memory_bytes for point in own if point.peak_memory_bytes]
+            peak = bytes_text(round(statistics.fmean(memory))) if memory else "–"
             mean = statistics.fmean(seconds) if seconds else math.nan
             rows.append(
                 (
                     model, f"{len(own)}", count_text(first.num_parameters), count_text(first.num_active_parameters),
                     flops_text(first.paper_flops), flops_text(first.model_flops), duration(mean) if seconds else "–",
-                    f"{first.tokens / mean:,.0f}" if seconds else "–", bytes_text(max(memory)) if memory else "–",
+                    f"{first.tokens / mean:,.0f}" if seconds else "–", peak,
                     *(_losses(own, domain) for domain in domains),
                 )
             )  # fmt: skip

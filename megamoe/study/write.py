@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megamoe.checkpoint.files import replace_file
 from megamoe.errors import OutputError
 from megamoe.study.gaps import find_gaps, with_reasons
@@ -42,14 +44,13 @@ def write_study(study: StudySettings, runs: Sequence[StudyRun], failures: Sequen
     folder = study.folder
     points = collect_points(runs, folder, vocab_size=study.analysis.compute_vocab_size)
     gaps = find_gaps(runs, points, folder)
-    factors = with_reasons(analyse(points, study.analysis), points, gaps, study.analysis)
     missing = [gap.text for gap in gaps]
-    page = html_study(study, runs, points, factors, failures, missing)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_points(folder / POINTS_FILE, points)
+        write_points(folder / POINTS_FILE, points)  # first: what was measured does not wait for what is made of it
+        factors = with_reasons(analyse(points, study.analysis), points, gaps, study.analysis)
         replace_file(folder / SPEEDUP_FILE, csv_text(factors).encode())
-        replace_file(folder / PAGE, page.encode())
+        replace_file(folder / PAGE, html_study(study, runs, points, factors, failures, missing).encode())
         (folder / PICTURES).mkdir(exist_ok=True)
         for name, text in picture_files(study, points, factors):
             replace_file(folder / PICTURES / name, text.encode())
@@ -89,8 +90,8 @@ def told(each: Speedup, study: StudySettings) -> str:
         return f"no factor, {each.reason}"
     middle = len(each.targets) // 2
     known = each.factors[~(each.factors != each.factors)]
-    low, high = each.low[middle], each.high[middle]
-    interval = f", {study.analysis.confidence:.0%} interval {low:.2f} to {high:.2f}" if math.isfinite(low) else ""
+    words = each.interval_text(middle)
+    interval = f", {study.analysis.confidence:.0%} interval {words}" if words else ""
     return (
         f"{study.analysis.baseline} takes {each.factors[middle]:.2f} times what {study.analysis.compared} takes to "
         f"reach {each.targets[middle]:.3f} nats a token{interval}; over all targets {known.min():.2f} to "
@@ -99,13 +100,15 @@ def told(each: Speedup, study: StudySettings) -> str:
 
 
 def csv_text(factors: Sequence[Speedup]) -> str:
-    """A row for each target; numbers with all their digits, empty where there is none."""
+    """A row for each target; numbers with all their digits, empty where there is none: an interval's open end too."""
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(COLUMNS)
     for each in factors:
         columns = (
-            each.targets, each.baseline_costs, each.compared_costs, each.factors, each.low, each.high, each.shares
+            each.targets, each.baseline_costs, each.compared_costs, each.factors,
+            np.where(each.low == 0.0, math.nan, each.low), np.where(np.isinf(each.high), math.nan, each.high),
+            each.shares,
         )  # fmt: skip
         for values in zip(*(column.tolist() for column in columns), strict=True):
             rows.writerow(

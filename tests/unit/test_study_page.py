@@ -1,15 +1,24 @@
 """The page of a study in a headless Chromium without a network, and what it says of ladders whose answer is known."""
 
 import itertools
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megamoe.runs.events import append_event
+from megamoe.study import write
+from megamoe.study.charts import BOTTOM_EDGE, TOP, svg
 from megamoe.study.html import html_study
 from megamoe.study.ladder import study_runs
+from megamoe.study.pictures import speedup_picture
+from megamoe.study.points import read_points
+from megamoe.study.rules import limits, rules
 from megamoe.study.schema import AnalysisSettings, EvaluationSettings, LadderModel, StudySettings
 from megamoe.study.speedup import analyse
+from megamoe.study.tables import factor_table, model_table
 from megamoe.study.training import Failure
 from megamoe.study.write import csv_text, headline, picture_files
 from tests.browser import Browser, BrowserMissing
@@ -139,6 +148,103 @@ def test_texts_of_others_are_text(pages):
     text = (pages / "troubled.html").read_text()
     assert HOSTILE not in text and "&lt;script&gt;alert(&quot;x&quot;)" in text
     assert "moe has no point whose paper flops are known" in text and "moe has no power law: it takes" in text
+
+
+RATES = ["inverse_sqrt_experts", 0.5, 1.0, 1.0]
+
+
+def varied_study() -> StudySettings:
+    """Mixtures by the paper's rule for their learning rate, or by another, and of a precision of their own."""
+    study = study_of(num_replicates=20)
+    models = [
+        model if model.family == "dense" else model.model_copy(
+            update={"settings": {
+                "model": {"hidden_size": 64}, "optimizer": {"expert_lr_scale": RATES[place % 4]},
+                "moe": {"num_experts": 4, "dropless": place % 4 > 0}, "run": {"precision": "bf16"},
+            }}
+        )
+        for place, model in enumerate(study.models)
+    ]  # fmt: skip
+    return study.model_copy(update={"models": tuple(models), "may_differ": ("run.precision",)})
+
+
+def test_rules_are_those_of_the_files_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = varied_study()
+    runs = study_runs(study, "study.yaml")
+    told = "\n".join(rules(study, runs))
+    assert (
+        "\nLearning rates: dense-0, dense-1, dense-2, dense-3: 0.001; moe-0: 0.001 (experts inverse_sqrt_experts); "
+        "moe-1: 0.001 (experts 0.5 of it); moe-2, moe-3: 0.001 (experts 1 of it).\n"
+    ) in told
+    assert re.search(r"Training: dense-0, .*dense-3: batches of 16 [^;]*, fp32; moe-0, [^;]*, bf16\.\n", told)
+    assert "experts of moe-0 have a capacity" in told
+    assert "runs of one seed see the same samples in the same order" in told
+    points = ladder({"dense": 1.0, "moe": 4.0})
+    assert "Time is as measured; where the runs were trained is not recorded." in limits(study, runs, points)[-2]
+    for run in runs:
+        run.dir.mkdir(parents=True)
+        append_event(run.dir, "start", "", world_size=1, hosts=["here"])
+    assert limits(study, runs, points)[-2].startswith("Time is that of 1 rank of here. What mixtures pay")
+    append_event(runs[-1].dir, "start", "", world_size=8, hosts=["there"])
+    assert limits(study, runs, points)[-2].startswith(
+        "Times are not of one place, and are to be compared with care: dense-0-seed1, "
+    )
+    assert "; moe-3-seed1 on 1 rank of here, then 8 ranks of there. " in limits(study, runs, points)[-2]
+    assert html_study(study, runs, points, analyse(points, study.analysis), [], [])
+
+
+def test_samples_that_differ_are_not_called_the_same():
+    study = study_of(num_replicates=0)
+    models = [
+        model.model_copy(update={"settings": {"model": {"hidden_size": 64, "seq_length": 512 if place else 256},
+                                              "run": {"global_batch_size": 8 if place else 16}}})
+        for place, model in enumerate(study.models)
+    ]  # fmt: skip
+    study = study.model_copy(
+        update={"models": tuple(models), "may_differ": ("model.seq_length", "run.global_batch_size")}
+    )
+    assert "the same samples" not in rules(study, study_runs(study, "study.yaml"))[0]
+
+
+def test_points_are_written_before_the_page_is_made(tmp_path, monkeypatch):
+    """What was measured is there, whatever becomes of the page."""
+    def broken(*_):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr(write, "collect_points", lambda *_, **__: ladder({"dense": 1.0, "moe": 4.0}))
+    monkeypatch.setattr(write, "html_study", broken)
+    study = study_of(num_replicates=0).model_copy(update={"dir": str(tmp_path)})
+    with pytest.raises(RuntimeError, match="no page"):
+        write.write_study(study, study_runs(study, "study.yaml"), [])
+    assert len(read_points(tmp_path / "study.jsonl")) == len(ladder({"dense": 1.0, "moe": 4.0}))
+
+
+def test_memory_in_the_table_is_the_mean_that_the_factor_goes_by():
+    points = ladder({"dense": 1.0, "moe": 4.0}, seeds={"dense-0": 2})
+    moved = [
+        replace(point, peak_memory_bytes=3 * 2**30 if point.seed == 2 else 2**30)
+        for point in points if point.model == "dense-0"
+    ]  # fmt: skip
+    assert ">2.00 GiB<" in model_table(moved)
+
+
+def test_an_open_interval_is_told_so_and_its_band_reaches_the_edge():
+    study = study_of(num_replicates=100)
+    points = ladder({"dense": 1.0, "moe": 4.0}, seeds={"dense-0": 3, "moe-0": 3}, deviation=0.02)
+    factors = analyse(points, study.analysis)
+    found = next(each for each in factors if each.method == "trained")
+    assert math.isinf(found.high[0])
+    assert f"<td>{found.low[0]:.2f} or more</td>" in factor_table(study, factors)
+    row = csv_text(factors).splitlines()[1].split(",")
+    assert (row[7], row[8]) == (repr(float(found.low[0])), ""), "empty on the open side"
+    drawn = svg(speedup_picture(factors, study.analysis, "in_domain", "paper_flops"))
+    band = re.search(r'<path class="range c2" d="M[\d.]+ ([\d.]+)L', drawn)
+    assert float(band[1]) == TOP
+    turned = AnalysisSettings(num_replicates=100, baseline="moe", compared="dense")
+    down = svg(speedup_picture(analyse(points, turned), turned, "in_domain", "paper_flops"))
+    edges = re.search(r'<path class="range c2" d="([^"]+)Z', down)[1]
+    assert float(edges.split()[-1]) == BOTTOM_EDGE
 
 
 def test_the_table_has_a_row_for_each_target():

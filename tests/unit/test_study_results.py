@@ -4,6 +4,7 @@ import csv
 import io
 import re
 
+import numpy as np
 import pytest
 
 from megamoe.study.ladder import study_runs
@@ -66,5 +67,14 @@ def test_factors_pictures_and_words_follow_from_the_lines(study, points):
     told = " ".join((FOLDER / "README.md").read_text().split())
     for line in headline(study, factors):
         assert line in told
+    inside, outside = (each for each in factors if (each.cost, each.method) == ("paper_flops", "trained"))
+    told_low, told_out = inside.low[np.isfinite(inside.low)], np.isfinite(outside.low)
+    assert "In domain every interval between trained models lies above 1" in told and (told_low > 1.0).all()
+    assert "Out of domain every interval holds 1" in told
+    assert ((outside.low < 1.0) & (outside.high > 1.0))[told_out].all() and told_out.any()
+    assert f'open above ("{inside.interval_text(0)}" at the first)' in told
+    assert "at the two hardest there is none" in told and np.isnan(inside.low).tolist() == 23 * [False] + 2 * [True]
+    assert "There is no power law of mixtures" in told
+    assert all(each.reason.startswith("moe has no power law") for each in factors if each.method == "fit")
     page = (FOLDER / PAGE).read_text()
     assert all(model.name in page for model in study.models)
