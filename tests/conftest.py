@@ -14,5 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in LAUNCHER_VARIABLES:  # the suite may itself run inside a SLURM job
         os.environ.pop(name, None)
     os.environ.setdefault("WANDB_MODE", "disabled")
+    # At 19, whatever else fills the cores of this machine leaves a process that tests wait for a few percent of one.
+    os.environ.setdefault("MEGAMOE_TRACKER_NICENESS", "0")
     # Tensors of tests are small: a second thread waits at barriers, for long when anything else runs on the machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

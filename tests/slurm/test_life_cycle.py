@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WHOLE = "it's 100% \"whole\""  # a run's name that has to survive sbatch, bash and srun
 ALL_STEPS = list(range(1, NUM_STEPS + 1))
 HELD_STEP = 4
-TRACKED = ("WANDB_MODE=offline", "WANDB_SILENT=true", "WANDB_DISABLE_GIT=true", "WANDB_X_DISABLE_STATS=true")
+TRACKED = ("WANDB_MODE=offline", "WANDB_SILENT=true", "WANDB_DISABLE_GIT=true", "WANDB_X_DISABLE_STATS=true",
+           "MEGAMOE_TRACKER_NICENESS=0")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
