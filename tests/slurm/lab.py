@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -123,13 +123,17 @@ class SlurmLab:
         """As if its power went: slurmd, and every process of a job that runs there."""
         self._daemons[node].kill()
         self._daemons[node].wait(STOP_SECONDS)
-        for pid in self._processes_on(node):
-            os.kill(pid, 9)
+        self._kill_processes_on(node)
 
     def start_node(self, node: str) -> None:
         self._daemons[node] = self._daemon(
             "unshare", "--uts", "sh", "-c", f"hostname {node}; exec slurmd -D -N {node}", log=node
         )
+
+    def _kill_processes_on(self, node: str) -> None:
+        for pid in self._processes_on(node):
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(pid, 9)
 
     def _processes_on(self, node: str) -> list[int]:
         """Tasks, and slurmstepd above them, which has no environment of a task but is its ancestor."""
@@ -193,8 +197,7 @@ class SlurmLab:
                 self.command("scancel", "--full", "--signal=KILL", *jobs, check=False)
                 self.command("scancel", *jobs, check=False)
         for node in self.nodes:
-            for pid in self._processes_on(node):
-                os.kill(pid, 9)
+            self._kill_processes_on(node)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:
