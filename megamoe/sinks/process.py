@@ -19,7 +19,6 @@ from typing import Any
 HEEDLESS_OF = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PUMP_SECONDS = 2.0  # between looks at the files: each takes a processor from training
 START_SECONDS = 20.0  # beyond the service's own limit: a short run ends before its feeder is there
-NICENESS = 19  # training goes first
 
 
 class Input:
@@ -49,16 +48,17 @@ class Input:
         timer.start()
 
 
-def step_back() -> None:
-    """Take what processor time training leaves, also with what a service has started. Where Linux groups processes by
-    session (sched_autogroup), niceness counts for nothing between groups: then the group's is what counts."""
-    if os.nice(0) < NICENESS:
-        os.nice(NICENESS)
+def step_back(niceness: int) -> None:
+    """Take what processor time training leaves (at 19; at 0 a fair share), also with what a service has started. Where
+    Linux groups processes by session (sched_autogroup), niceness counts for nothing between groups: then the group's
+    is what counts."""
+    if os.nice(0) < niceness:
+        os.nice(niceness - os.nice(0))
     waiting = [os.getpid()]
     while waiting:
         pid = waiting.pop()
         with contextlib.suppress(OSError):  # it has ended; or this Linux has no such groups
-            Path(f"/proc/{pid}/autogroup").write_text(str(NICENESS))
+            Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{pid}/task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
@@ -68,9 +68,9 @@ def main() -> None:
     for number in HEEDLESS_OF:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDLESS_OF)
-    step_back()
     # Nothing that a service prints, or asks, may get into the conversation.
     said, answers = Input(os.dup(0)), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    step_back(said.spec["niceness"])
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
@@ -105,7 +105,7 @@ def _feed(said: Input, answer: Any) -> None:
     while not is_last:
         is_last = said.ended.is_set()  # what was written before that is read once more
         feed.pump()
-        step_back()
+        step_back(spec["niceness"])
         if feed.events_position != told:
             told = feed.events_position
             answer({"events_position": told})

@@ -10,9 +10,11 @@ from typing import Any
 
 from megamoe.checkpoint.files import replace_file
 from megamoe.config.schema import Config
+from megamoe.errors import ConfigError
 from megamoe.runs.events import EVENTS_FILE
 
 RUN_ID_FILE = "wandb_run_id"
+NICENESS, NICENESS_VARIABLE = 19, "MEGAMOE_TRACKER_NICENESS"  # training goes first, unless the user says otherwise
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -22,7 +24,7 @@ def tracker_specs(
     """What a Tracker takes, for each service of the run. `details` go beside the configuration."""
     common = {"run_dir": str(Path(config.run.dir).resolve()), "config": config.model_dump(mode="json"),
               "resume_step": resume_step, "events_position": _size(Path(config.run.dir) / EVENTS_FILE),
-              "close_seconds": config.monitor.wandb_timeout_seconds}  # fmt: skip
+              "close_seconds": config.monitor.wandb_timeout_seconds, "niceness": niceness()}  # fmt: skip
     specs = []
     if run_id is not None and wandb_mode(config) != "disabled":
         wandb = {"service": "wandb", "mode": wandb_mode(config), "run_id": run_id, "details": dict(details)}
@@ -30,6 +32,14 @@ def tracker_specs(
     if config.monitor.tensorboard:
         specs.append(common | {"service": "tensorboard"})
     return specs
+
+
+def niceness() -> int:
+    """Of the processes that feed tracking services. Raises ConfigError where the user's is none."""
+    wanted = os.environ.get(NICENESS_VARIABLE, "")
+    if not re.fullmatch(r"1?\d|", wanted):
+        raise ConfigError(f'{NICENESS_VARIABLE} is "{wanted}": use 0 (as training) to 19 (only what training leaves)')
+    return int(wanted or NICENESS)
 
 
 def wandb_mode(config: Config) -> str:

@@ -30,8 +30,8 @@ class Tracker:
     """One tracking service of a run. `say` prints a line. No method raises, and only `close` waits."""
 
     def __init__(self, spec: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """`spec`: service ("wandb", "tensorboard"), run_dir, config, close_seconds; resume_step, events_position,
-        and for wandb mode, run_id, details."""
+        """`spec`: service ("wandb", "tensorboard"), run_dir, config, close_seconds, niceness; resume_step,
+        events_position, and for wandb mode, run_id, details."""
         self.spec, self._say = dict(spec) | {"process": os.getpid(), "tells_late": True}, say
         self._label = LABELS[spec["service"]]
         self._num_failures, self._is_ready, self._is_done, self._reason = 0, False, False, ""

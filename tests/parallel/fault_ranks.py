@@ -16,7 +16,9 @@ from megamoe.phases import CLOCK
 from megamoe.training.main import run_rank
 from megamoe.training.supervision import StepMark
 
-HEARD_SECONDS = 0.6  # a few polls, so that the last heartbeat of a rank that is to fall silent tells its phase
+# Many polls, so that the last heartbeat of a rank that is to fall silent tells its phase on a busy machine, too; less
+# than a hang takes to be found.
+HEARD_SECONDS = 2.0
 LONG_SECONDS = 600
 
 

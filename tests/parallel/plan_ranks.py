@@ -1,11 +1,8 @@
 """One rank's side of the tests of plans: train a step and count the bytes of every tensor that is then alive."""
 
 import gc
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ from megamoe.topology import updates
 from megamoe.training.build import Trainer
 from megamoe.training.engine import ScheduleEngine
 from megamoe.training.optimizer_state import create_state
-from tests.parallel.worlds import samples, trainer_of
+from tests.parallel.worlds import let_threads_finish, samples, trainer_of
 from tests.parity.ranks import share
 
 _RESULTS_BYTES = 32  # losses, norms and counters of a step: the one thing that the audit leaves out
@@ -220,7 +217,7 @@ def _watch(trainer: Trainer, moments: dict[str, dict[str, int]]) -> None:
 def _alive(trainer: Trainer) -> dict[str, int]:
     """Bytes of distinct storages: "weights", "optimizer", "zero" (ZeRO's gradients and buckets)
     and "other", which is all that lives but the first two."""
-    _let_threads_finish()  # gloo's let go of the tensors of their last collective
+    let_threads_finish()  # gloo's let go of the tensors of their last collective
     gc.collect()
     engine = trainer.engine
     weights = [local.tensor for local in trainer.parameters]
@@ -246,20 +243,6 @@ def _alive(trainer: Trainer) -> dict[str, int]:
     zero = {place: size for place, size in _storages(_of_zero(engine)).items() if place not in counted}
     sums = {kind: sum(storages.values()) for kind, storages in sizes.items()}
     return {**sums, "other": sum(others.values()), "zero": sum(zero.values())}
-
-
-def _let_threads_finish(most_seconds: float = 5.0) -> None:
-    """Wait until every other thread of this process sleeps: on a busy machine one may long be ready to run."""
-    give_up = time.monotonic() + most_seconds
-    while time.monotonic() < give_up:
-        time.sleep(0.005)
-        states = []
-        for task in Path("/proc/self/task").iterdir():
-            if int(task.name) != threading.get_native_id():
-                with suppress(OSError):  # it has ended
-                    states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
-        if "R" not in states:
-            return
 
 
 def _of_zero(engine: ScheduleEngine) -> Iterator[Tensor]:

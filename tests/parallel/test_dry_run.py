@@ -15,8 +15,9 @@ from megamoe.dry_run.rows import ReplayedRows
 from megamoe.dry_run.step import ForwardPass, StepReality, watched
 from megamoe.moe.host_read import Purpose, numbers_from
 from megamoe.topology import updates
+from megamoe.training.build import Trainer
 from tests.harness import run_ranks
-from tests.parallel.worlds import LAUNCH_TIMEOUT_SECONDS, config, parallel, samples, trainer_of
+from tests.parallel.worlds import LAUNCH_TIMEOUT_SECONDS, config, let_threads_finish, parallel, samples, trainer_of
 from tests.parity.ranks import share
 
 NUM_STEPS = 2
@@ -75,8 +76,23 @@ def real_rank(settings: Config) -> Seen:
         return read[-1][1]
 
     with watched(without_memory=False) as watch, numbers_from(reader), trainer_of(settings) as trainer:
+        look_without_threads(trainer)
         steps = [watch.step(trainer, share(trainer, batch), len(batch)) for batch in samples(settings, NUM_STEPS)]
     return Seen(steps, read)
+
+
+def look_without_threads(trainer: Trainer) -> None:
+    """Wherever the watch looks at what is alive, gloo's threads have let go of what they had."""
+    for chunk in trainer.chunks:
+        chunk.register_forward_pre_hook(lambda *_: let_threads_finish())
+        chunk.register_forward_hook(lambda *_: let_threads_finish())
+    train_step = trainer.train_step
+
+    def train_and_wait(*arguments: Any) -> None:
+        train_step(*arguments)
+        let_threads_finish()
+
+    trainer.train_step = train_and_wait
 
 
 def played_ranks(real: list[dict[str, Seen]]) -> dict[str, list[list[StepReality]]]:

@@ -16,7 +16,16 @@ from megamoe.launch.environment import node_name
 from megamoe.launch.local import LocalResult
 from megamoe.runs.events import read_events
 from megamoe.runs.failures import first_failure, read_failures
-from tests.parallel.faults import LAUNCH_SECONDS, LAYOUTS, Fault, config_of, server_of, write_corpus
+from tests.parallel.faults import (
+    END_SECONDS,
+    LAUNCH_SECONDS,
+    LAYOUTS,
+    TIMEOUT_SECONDS,
+    Fault,
+    config_of,
+    server_of,
+    write_corpus,
+)
 from tests.parallel.test_signals import newest_step, ranks_of, start, wait_for_step
 
 NUM_RANKS, LAYOUT = LAYOUTS[1]
@@ -39,7 +48,7 @@ def test_a_stopped_rank_ends_the_command_which_then_goes_on(tmp_path):
     os.kill(ranks[1], signal.SIGSTOP)
     began = time.monotonic()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 4 and time.monotonic() - began < 13.0, output
+    assert process.returncode == 4 and time.monotonic() - began < TIMEOUT_SECONDS + END_SECONDS, output
     (line,) = [line for line in output.splitlines() if "hangs" in line]
     assert line.startswith(f"megamoe: error: rank 1 on {node_name()} hangs in step ") and "Traceback" not in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks), "killed, though it was stopped"
@@ -74,11 +83,13 @@ def test_ranks_that_nobody_answers_for_end_themselves_when_one_is_stopped(tmp_pa
     settings_in(tmp_path, "run.num_steps=9")
     result, codes = run_without_launcher(tmp_path, Fault("stop", "forward", rank))
     others = [each for each in range(NUM_RANKS) if each != rank]
-    assert codes == dict.fromkeys(others, 4), result.outputs
+    # By the verdict, but for one whose watchdog is so slow on a busy machine that the end of another is seen first.
+    assert sorted(codes) == others and 4 in codes.values() and set(codes.values()) <= {1, 4}, result.outputs
     spoken = [line for output in result.outputs for line in output.splitlines() if "hangs" in line]
-    assert len(spoken) == 1, "one line, once"
     place = f"rank {rank} on {node_name()} hangs in step 2 (forward)"
-    assert spoken[0].startswith(f"megamoe: error: {place}: its heartbeat has stood still"), spoken
+    first = [line for line in spoken if line.startswith(f"megamoe: error: {place}: its heartbeat has stood still")]
+    assert len(first) == 1, "one line, once"
+    assert len(spoken) == 1 + list(codes.values()).count(1) and all(place in line for line in spoken), spoken
     event = read_events(tmp_path / "run")[-1]
     assert (event["kind"], event["rank"], event["phase"], event["step"]) == ("hang", rank, "forward", 2)
     assert {each.rank: each.is_consequence for each in read_failures(tmp_path / "run", 1)} == {

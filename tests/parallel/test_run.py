@@ -125,10 +125,12 @@ def test_metrics_have_every_documented_key(runs):
 def test_time_by_phase_is_that_of_the_step_and_speed_follows_from_it(runs):
     for name, num_ranks in (("one", 1), ("two", 2)):
         training, _ = lines_of(runs[name])
+        in_phases = [sum(line[key] for key in SPEED_KEYS if key.startswith("seconds_")) for line in training]
+        in_steps = [line["step_seconds"] for line in training]
+        if num_ranks == 1:  # step_seconds are rank 0's; others wait in a step for what it does between steps
+            assert all(phases <= 1.01 * step for phases, step in zip(in_phases, in_steps, strict=True))
+            assert sum(in_phases[1:]) > 0.9 * sum(in_steps[1:])  # of all, for a busy machine may interrupt any of them
         for line in training:
-            phases = sum(line[key] for key in SPEED_KEYS if key.startswith("seconds_"))
-            if num_ranks == 1:  # step_seconds are rank 0's; others wait in a step for what it does between steps
-                assert 0.5 * line["step_seconds"] < phases <= 1.01 * line["step_seconds"]
             assert line["tokens_per_second_per_rank"] == pytest.approx(line["tokens_per_second"] / num_ranks)
             # 6 FLOPs for each weight of a product, and causal attention: 6 s h in every layer.
             weights = 4 * 32**2 * 2 + 2 * 32 * 128 * (1 + 2) + 4 * 32 + 32 * 384

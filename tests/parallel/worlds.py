@@ -6,9 +6,12 @@ world, since the threads of process groups that nobody destroys pile up until no
 
 import gc
 import itertools
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,21 @@ def parallel(**sizes: Any) -> tuple[str, ...]:
         "recompute": "recompute",
     }
     return tuple(f"parallel.{names[key]}={str(value).lower()}" for key, value in sizes.items())
+
+
+def let_threads_finish(most_seconds: float = 5.0) -> None:
+    """Wait until every other thread of this process sleeps: on a busy machine one may long be ready to run, and gloo's
+    hold the tensors of their last collective."""
+    give_up = time.monotonic() + most_seconds
+    while time.monotonic() < give_up:
+        time.sleep(0.005)
+        states = []
+        for task in Path("/proc/self/task").iterdir():
+            if int(task.name) != threading.get_native_id():
+                with suppress(OSError):  # it has ended
+                    states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+        if "R" not in states:
+            return
 
 
 @contextmanager

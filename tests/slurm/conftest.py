@@ -15,6 +15,7 @@ from megamoe.data.indexed import IndexedWriter
 from megamoe.data.tokenizers import ByteTokenizer
 from megamoe.runs.metrics import METRICS_FILE, read_metrics
 from tests.slurm.lab import LabMissing, SlurmLab, install
+from tests.slurm.paced import heard_file
 
 ROOT = Path(__file__).parents[2]
 FEATURES = ("steady", "steady", "shaky", "shaky", "shaky")  # of the nodes; shaky ones are killed
@@ -78,6 +79,7 @@ class Site:
 
     def hold(self, name: str, step: int) -> None:
         """Let the run wait after a step."""
+        heard_file(self.pace_file(name)).unlink(missing_ok=True)
         self.pace_file(name).write_text(str(step))
 
     def release(self, name: str) -> None:
@@ -85,6 +87,10 @@ class Site:
 
     def wait_for_step(self, name: str, step: int) -> None:
         self.lab.wait_for(lambda: self.steps(name)[-1:] >= [step], f"{name}: step {step}", WAIT_SECONDS)
+
+    def wait_for_signal(self, name: str, seconds: float = WAIT_SECONDS) -> None:
+        """Until a rank of the run, which is held, knows that it is to stop: it does so one step after its release."""
+        self.lab.wait_for(heard_file(self.pace_file(name)).exists, f"{name}: the signal", seconds)
 
     def steps(self, name: str) -> list[int]:
         path = self.folder / name / METRICS_FILE

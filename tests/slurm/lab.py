@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -45,10 +46,13 @@ def install() -> None:
             raise LabMissing(f"apt-get cannot install SLURM: {(done.stderr or done.stdout).strip()[-200:]}")
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_ports(number: int) -> list[int]:
+    """So many that differ, for none is let go of before all are chosen."""
+    with ExitStack() as chosen:
+        sockets = [chosen.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 class SlurmLab:
@@ -119,13 +123,17 @@ class SlurmLab:
         """As if its power went: slurmd, and every process of a job that runs there."""
         self._daemons[node].kill()
         self._daemons[node].wait(STOP_SECONDS)
-        for pid in self._processes_on(node):
-            os.kill(pid, 9)
+        self._kill_processes_on(node)
 
     def start_node(self, node: str) -> None:
         self._daemons[node] = self._daemon(
             "unshare", "--uts", "sh", "-c", f"hostname {node}; exec slurmd -D -N {node}", log=node
         )
+
+    def _kill_processes_on(self, node: str) -> None:
+        for pid in self._processes_on(node):
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(pid, 9)
 
     def _processes_on(self, node: str) -> list[int]:
         """Tasks, and slurmstepd above them, which has no environment of a task but is its ancestor."""
@@ -189,8 +197,7 @@ class SlurmLab:
                 self.command("scancel", "--full", "--signal=KILL", *jobs, check=False)
                 self.command("scancel", *jobs, check=False)
         for node in self.nodes:
-            for pid in self._processes_on(node):
-                os.kill(pid, 9)
+            self._kill_processes_on(node)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:
@@ -205,10 +212,11 @@ class SlurmLab:
     def _configuration(self) -> str:
         """A credential also is what a requeued job waits for to run out: cred_expire. Times are short for tests."""
         host, folder = socket.gethostname().split(".")[0], self.folder
+        controller_port, *ports = free_ports(1 + len(self.nodes))
         settings = {
             "ClusterName": "lab",
             "SlurmctldHost": f"{host}(127.0.0.1)",
-            "SlurmctldPort": free_port(),
+            "SlurmctldPort": controller_port,
             "SlurmUser": "root",
             "SlurmdUser": "root",
             "AuthType": "auth/munge",
@@ -239,9 +247,9 @@ class SlurmLab:
             "MailProg": "/bin/true",
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
-        for node, feature in self.features.items():
+        for (node, feature), port in zip(self.features.items(), ports, strict=True):
             lines.append(
-                f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={node} Port={free_port()} CPUs={CPUS_PER_NODE} "
+                f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={node} Port={port} CPUs={CPUS_PER_NODE} "
                 f"RealMemory=8000 Gres=gpu:{GPUS_PER_NODE} Feature={feature} State=UNKNOWN"
             )
         nodes = ",".join(self.nodes)

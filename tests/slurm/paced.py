@@ -1,7 +1,8 @@
 """Python for jobs of tests: `-m megamoe train` goes on after a step only as far as a file allows.
 
 MEGAMOE_TEST_PACE names the file. It holds the step after which ranks wait; a run is stopped, cut or killed at a step
-that the test chose, however fast the machine is. Anything else is run as python would.
+that the test chose, however fast the machine is. A rank that waits and is asked to stop says so by a file beside it.
+Anything else is run as python would.
 """
 
 import os
@@ -14,11 +15,15 @@ from typing import Any
 LONGEST_WAIT_SECONDS = 400.0
 
 
+def heard_file(path: Path) -> Path:
+    return Path(f"{path}.heard")
+
+
 class Pace:
     """A hook of the training loop, the last one: what belongs to a step is done before."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._heard = path, heard_file(path)
 
     def on_start(self, trainer: Any) -> None: ...
 
@@ -27,6 +32,8 @@ class Pace:
     def after_step(self, trainer: Any, result: Any) -> None:
         deadline = time.monotonic() + LONGEST_WAIT_SECONDS
         while self._path.exists() and int(self._path.read_text() or 0) <= trainer.step:
+            if trainer.engine.finalizer.stop_wanted:
+                self._heard.touch()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self._path} has not let step {trainer.step + 1} begin")
             time.sleep(0.02)

@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WHOLE = "it's 100% \"whole\""  # a run's name that has to survive sbatch, bash and srun
 ALL_STEPS = list(range(1, NUM_STEPS + 1))
 HELD_STEP = 4
-TRACKED = ("WANDB_MODE=offline", "WANDB_SILENT=true", "WANDB_DISABLE_GIT=true", "WANDB_X_DISABLE_STATS=true")
+TRACKED = ("WANDB_MODE=offline", "WANDB_SILENT=true", "WANDB_DISABLE_GIT=true", "WANDB_X_DISABLE_STATS=true",
+           "MEGAMOE_TRACKER_NICENESS=0")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(site, array):
     job_id = site.submit("cancelled")
     site.wait_for_step("cancelled", HELD_STEP)
     site.lab.command("scancel", job_id)
+    site.wait_for_signal("cancelled")
     site.release("cancelled")
     assert site.end("cancelled", job_id) == "CANCELLED"
     assert resumable_checkpoints(site.folder / "cancelled")[0].name == f"step_{HELD_STEP + 1:08}"
@@ -150,7 +152,8 @@ def test_torchrun_is_interrupted_and_goes_on(site, array):
     job_id = site.submit("torchrun", "--launcher", "torchrun")
     site.wait_for_step("torchrun", HELD_STEP)
     site.lab.command("scancel", "--batch", "--signal=USR1", job_id)
-    site.lab.wait_for(lambda: "asked to stop" in site.output("torchrun"), "the signal")
+    site.wait_for_signal("torchrun")
+    assert "asked to stop" in site.output("torchrun")
     site.release("torchrun")
     assert site.end("torchrun", job_id) == "COMPLETED"
     attempts = read_attempts(site.folder / "torchrun")
@@ -163,7 +166,8 @@ def test_a_job_that_meets_its_time_limit_goes_on(site, whole, limited):
     """A machine that is so busy that the limit comes before the fourth step has more attempts to show."""
     site.wait_for_step("limited", HELD_STEP)
     number = len(read_attempts(site.folder / "limited"))
-    site.lab.wait_for(lambda: site.output("limited").count("asked to stop") == number, "the signal", 180)
+    site.wait_for_signal("limited")
+    assert site.output("limited").count("asked to stop") == number
     assert site.steps("limited") == ALL_STEPS[:HELD_STEP]
     site.release("limited")
     assert site.end("limited", limited) == "COMPLETED"

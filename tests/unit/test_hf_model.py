@@ -74,7 +74,8 @@ def test_logits_are_the_reference_s(folders, name):
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(model(tokens, logits_to_keep=2).logits, model(tokens).logits[:, -2:])
+    kept = model(tokens, logits_to_keep=2).logits  # a product of other sizes, which may be summed in another order
+    torch.testing.assert_close(kept, model(tokens).logits[:, -2:], rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,12 @@ def faults_of_repeated_tensors(mode: str, pages: str, **variables: str) -> int:
     return int(run.stdout)
 
 
+def has_huge_pages_unasked() -> bool:
+    """Whether Linux gives huge pages to whoever allocates, so that small ones are not what is counted."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[always]" in setting.read_text()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted as Linux does, mallopt is glibc's")
 def test_memory_of_a_freed_tensor_is_kept_unless_the_user_says_otherwise():
     plain = faults_of_repeated_tensors("default", "")
@@ -39,5 +46,6 @@ def test_memory_of_a_freed_tensor_is_kept_unless_the_user_says_otherwise():
     told = faults_of_repeated_tensors(
         "keep", "0", THP_MEM_ALLOC_ENABLE="0", MALLOC_MMAP_MAX_="65536", MALLOC_TRIM_THRESHOLD_="131072"
     )
-    assert kept < 100 < 16_000 < told  # 16,384 small pages in 64 MiB
-    assert plain > 16_000
+    assert kept < 100
+    if not has_huge_pages_unasked():
+        assert min(plain, told) > 16_000  # of 16,384 small pages in 64 MiB

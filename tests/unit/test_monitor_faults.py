@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from megamoe.config import load_config
+from megamoe.errors import ConfigError
 from megamoe.sinks import tracker as tracker_module
+from megamoe.sinks.specs import NICENESS_VARIABLE, niceness
 from megamoe.training.monitor import Monitor
 
 ROOT = Path(__file__).parents[2]
@@ -63,15 +65,17 @@ def test_an_error_waits_for_no_service_and_stray_output_is_no_answer(tmp_path, m
     tracker._process.wait()
 
 
-def test_tracking_takes_what_is_left_with_all_that_it_starts(tmp_path):
+def test_tracking_takes_what_is_left_with_all_that_it_starts(monkeypatch):
     """What it starts in a session of its own, as Weights & Biases does, is a scheduling group of its own."""
     if not Path("/proc/self/autogroup").exists():
         pytest.skip("this Linux does not group processes by session")
+    monkeypatch.delenv(NICENESS_VARIABLE)
     program = (
         "import os, sys, time\nfrom pathlib import Path\nfrom megamoe.sinks.process import step_back\n"
+        "from megamoe.sinks.specs import niceness\n"
         "pid = os.fork()\n"
         "if pid == 0:\n    os.setsid()\n    time.sleep(60)\n"
-        "time.sleep(0.3)\nstep_back()\n"
+        "time.sleep(0.3)\nstep_back(niceness())\n"
         "print(os.nice(0), *[Path(f'/proc/{each}/autogroup').read_text().split()[-1] for each in (os.getpid(), pid)])\n"
         "os.kill(pid, 9)\n"
     )
@@ -79,3 +83,13 @@ def test_tracking_takes_what_is_left_with_all_that_it_starts(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, start_new_session=True, cwd=ROOT, timeout=60
     )
     assert done.stdout.split() == ["19", "19", "19"], done.stderr
+
+
+def test_the_user_says_how_far_tracking_steps_back(monkeypatch):
+    for text, expected in (("0", 0), ("7", 7), ("19", 19), ("", 19)):
+        monkeypatch.setenv(NICENESS_VARIABLE, text)
+        assert niceness() == expected
+    for text in ("20", "-1", "much", "1.5"):
+        monkeypatch.setenv(NICENESS_VARIABLE, text)
+        with pytest.raises(ConfigError, match=f'is "{text}": use 0 .* to 19'):
+            niceness()

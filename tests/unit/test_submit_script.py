@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.errors import ConfigError
@@ -99,7 +99,7 @@ def test_every_kind_of_script_is_bash(launcher, container, others):
     assert max(len(line) for line in script.splitlines()) <= 180
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(name=NAMES.filter(lambda name: name not in (".", "..")), value=TEXTS, module=NAMES)
 def test_names_and_texts_reach_bash_as_they_are(name, value, module, tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")

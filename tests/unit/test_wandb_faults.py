@@ -16,13 +16,14 @@ from megamoe.training.monitor import Monitor
 from tests.unit.wandb_cases import quiet, service, stored_runs
 
 NUM_STEPS = 12
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 200.0
+HELD_UP_SECONDS = 0.5  # in all steps; a service that were waited for would take seconds
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     quiet(monkeypatch, tmp_path)
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 20.0)
+    monkeypatch.setattr(module, "CLOSE_SECONDS", 60.0)
 
 
 def monitor_of(run_dir: Path, mode: str = "online", *, resume_step: int = 0, timeout_seconds: float = 20) -> Monitor:
@@ -77,9 +78,11 @@ def assert_nothing_is_lost(run_dir: Path, num_steps: int = NUM_STEPS) -> None:
 def test_a_healthy_service_gets_every_step_and_a_resumed_run_goes_on_there(monkeypatch, tmp_path):
     """The service dropped out of an attempt: what it lacks is made up for by the next one, from the run's own files."""
     with service(monkeypatch) as server:
+        monkeypatch.setenv("MEGAMOE_TRACKER_NICENESS", "1")
         monitor = monitor_of(tmp_path / "run")
-        assert record(monitor, 1, 6) < 0.1
+        assert record(monitor, 1, 6) < HELD_UP_SECONDS
         wait_for(lambda: is_ready(monitor), "a start")
+        assert os.getpriority(os.PRIO_PROCESS, monitor._trackers[0]._process.pid) == max(1, os.nice(0))
         monitor.alert("Look", "here")
         monitor.close()
         (run_id,) = server.runs
@@ -105,7 +108,7 @@ def test_a_service_that_is_out_of_order_at_the_start(monkeypatch, tmp_path, faul
         spent = record(monitor, 1, NUM_STEPS)
         wait_for(lambda: is_ready(monitor) and monitor._trackers[0].spec["mode"] == "offline", "going on offline")
         monitor.close()
-    assert spent < 0.1, "training was held up"
+    assert spent < HELD_UP_SECONDS, "training was held up"
     assert_nothing_is_lost(tmp_path / "run")
     said = [line for line in capsys.readouterr().out.splitlines() if "Weights & Biases" in line]
     assert len(said) == 1 and said[0].startswith("Weights & Biases is not reached: "), said
@@ -126,7 +129,7 @@ def test_a_service_that_breaks_while_training_goes_on(monkeypatch, tmp_path, fau
         began = time.monotonic()
         monitor.close()
         assert time.monotonic() - began < 4 + module.CLOSE_SECONDS, "the end is bounded"
-        assert spent < 0.1, "training was held up"
+        assert spent < HELD_UP_SECONDS, "training was held up"
         assert_nothing_is_lost(tmp_path / "run")
 
 
@@ -140,7 +143,7 @@ def test_a_killed_process_is_started_again_and_loses_no_row(tmp_path, victim, ca
     wait_for(lambda: is_ready(monitor) and monitor._trackers[0]._num_failures == 1, "another start")
     spent += record(monitor, 9, NUM_STEPS)
     monitor.close()
-    assert spent < 0.15
+    assert spent < HELD_UP_SECONDS
     assert_nothing_is_lost(tmp_path / "run")
     said = [line for line in capsys.readouterr().out.splitlines() if "Weights & Biases" in line]
     assert len(said) == 1 and "Weights & Biases failed and is started again: " in said[0]
@@ -194,7 +197,7 @@ def test_a_full_disk_under_wandb_costs_no_metrics(monkeypatch, tmp_path, when, c
             fill()
         spent += record(monitor, 5, NUM_STEPS)
         monitor.close()
-    assert spent < 0.15
+    assert spent < HELD_UP_SECONDS
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, NUM_STEPS + 1))
     said = [line for line in capsys.readouterr().out.splitlines() if "Weights & Biases" in line]
     assert said and "Metrics" in said[-1], said
