@@ -9,12 +9,12 @@ from megamoe.arguments import positive
 from megamoe.attempt_commands import train_again
 from megamoe.errors import MegamoeError
 
-# After a rank's death the others hear from the watchdog within two seconds who it was, on a busy machine later.
-GRACE_SECONDS = 6.0
-
 if TYPE_CHECKING:
     from megamoe.config.schema import Config
     from megamoe.launch.environment import RankEnvironment
+
+# After a rank's death the others hear from the watchdog within two seconds who it was, on a busy machine later.
+GRACE_SECONDS = 6.0
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:

@@ -58,6 +58,12 @@ class TensorEntry:
         return edges[:, :, 0], edges[:, :, 1]
 
     @property
+    def content(self) -> tuple[Any, ...]:
+        """What it holds, wherever its slices lie: the same in all copies of it."""
+        slices = [(stored.box, stored.first, stored.last, stored.checksums) for stored in self.slices]
+        return self.name, self.dtype, self.shape, slices
+
+    @property
     def whole(self) -> Slice:
         box = tuple((0, size) for size in self.shape)
         last = int(np.prod(self.shape, dtype=np.int64))
@@ -113,13 +119,12 @@ class Manifest:
     def config_hash(self) -> str:
         return config_hash(self.config)
 
-    @property
+    @cached_property
     def fingerprint(self) -> int:
         """63 bits of the step and of what every tensor holds: copies of one state have the same, whoever wrote them."""
         digest = xxhash.xxh3_64(f"{self.step}".encode())
         for entry in self.tensors.values():
-            slices = [(stored.box, stored.first, stored.last, stored.checksums) for stored in entry.slices]
-            digest.update(repr((entry.kind, entry.name, entry.dtype, entry.shape, slices)).encode())
+            digest.update(repr((entry.kind, entry.content)).encode())
         return digest.intdigest() >> 1
 
     @property

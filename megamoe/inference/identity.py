@@ -8,10 +8,6 @@ from megamoe.checkpoint.manifest import Manifest
 
 def model_digest(manifest: Manifest) -> str:
     """Of the model's settings and weights: the same wherever, and whenever, the checkpoint was written."""
-    weights = [
-        [entry.name, entry.dtype, entry.shape, [[s.box, s.first, s.last, s.checksums] for s in entry.slices]]
-        for entry in manifest.tensors.values()
-        if entry.kind in ("weight", "balance_bias")
-    ]
+    weights = [entry.content for entry in manifest.tensors.values() if entry.kind in ("weight", "balance_bias")]
     settings = {key: manifest.config[key] for key in ("model", "moe")}
     return hashlib.sha256(json.dumps([settings, weights], sort_keys=True, default=str).encode()).hexdigest()[:32]

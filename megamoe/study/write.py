@@ -89,7 +89,7 @@ def told(each: Speedup, study: StudySettings) -> str:
     if not len(each.targets):
         return f"no factor, {each.reason}"
     middle = len(each.targets) // 2
-    known = each.factors[~(each.factors != each.factors)]
+    known = each.factors[~np.isnan(each.factors)]
     words = each.interval_text(middle)
     interval = f", {study.analysis.confidence:.0%} interval {words}" if words else ""
     return (
