@@ -7,7 +7,8 @@ import pytest
 
 from megamoe.errors import ConfigError
 from megamoe.launch import devices
-from megamoe.launch.devices import choose_device, hide_gpus, num_visible_gpus
+from megamoe.launch.devices import choose_device, hide_gpus, num_visible_gpus, settle_device
+from megamoe.launch.environment import rank_environment
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,11 @@ def test_hidden_gpus_are_not_visible() -> None:
     env: dict[str, str] = {}
     hide_gpus(env)
     assert num_visible_gpus(env) == 0
+
+
+def test_why_it_is_the_cpu_is_said_beside_results(capsys):
+    """Stdout may be JSON."""
+    env = {"CUDA_VISIBLE_DEVICES": "0"}
+    settle_device("auto", rank_environment({}), 2, env)
+    told = capsys.readouterr()
+    assert not told.out and told.err == "2 ranks share this machine, which shows 1 GPUs: running on the CPU\n"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megamoe.cli import main
 from megamoe.data.indexed import IndexedWriter
 from megamoe.errors import ConfigError
 from megamoe.study.texts import RECORD, check_texts, fingerprint
@@ -59,3 +60,16 @@ def test_a_record_that_cannot_be_written_is_told(study, tmp_path):
     (tmp_path / "runs").write_text("in the way")
     with pytest.raises(ConfigError, match=r"^runs/tiny/texts.json cannot be written \(.*\): choose another folder "):
         check_texts(runs, settings.folder)
+
+
+@pytest.mark.parametrize("words", [[], ["--submit=--nodes 1 --ranks-per-node 1 --no-preflight --dry-run"]])
+def test_the_command_trains_and_submits_nothing_on_another_text(study, tmp_path, monkeypatch, capsys, words):
+    settings, runs = study
+    write(tmp_path / "train", np.arange(4_000) % 250)
+    check_texts(runs, settings.folder)
+    write(tmp_path / "train", np.arange(4_000) % 249)
+    monkeypatch.setattr("megamoe.study.scoring.check_evaluation", lambda *_, **__: None)
+    assert main(["study", "study.yaml", *words]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("megamoe: error: train is not the text that other runs ") and not told.out
+    assert not any(run.dir.exists() for run in runs)
